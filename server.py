@@ -1,0 +1,468 @@
+#!/usr/bin/env python3
+"""A chatroom server: one thread a client, one lock, nothing but the standard library.
+
+    python server.py 12345                 in one terminal
+    python client.py 127.0.0.1 12345       in another, and in one more
+    nc 127.0.0.1 12345                     is a client too: type `join ann`, `msg hi`, `leave`
+
+The main thread accepts connections and starts a thread for each. A client's thread reads the
+client's requests (JOIN, MSG, WHO, ROOMS, LEAVE; one a line) and carries them out: what the client
+says, it sends straight to the sockets of the others in the room.
+"""
+import argparse
+import collections
+import contextlib
+import errno
+import itertools
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+
+MAX_REQUEST = 1024           # bytes in a request, its line ending not counted
+TOO_LONG = "\n"              # stands for a longer one: no request holds a newline
+MAX_NAME = 20                # characters in the name of a person or a room
+JOIN_SECONDS = 30            # who has not joined so long after connecting is cut off
+FAREWELL_SECONDS = 2         # how long a client may take to hang up after its BYE
+TICK_SECONDS = 0.25          # how often the main thread looks at deadlines, and for Ctrl-C
+SEND_BUFFER = 256 * 1024     # bytes that may wait in the kernel for a client that reads slowly
+RECEIVE_BUFFER = 64 * 1024   # bytes that a client may have sent ahead, in the kernel too
+CHUNK = 4096                 # bytes taken from a socket at once, at most
+BACKLOG = 1024               # connections that may wait for accept; with 128, a class that connects
+                             # at once waits for seconds: TCP tries again after 1 s, 2 s, ...
+
+# send(..., MSG_DONTWAIT) fails where it would have to wait. Windows has no such flag: there,
+# SO_SNDTIMEO (see serve) keeps the wait for a client that does not read short.
+DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+
+# What must not reach other people's terminals: control characters (C0, DEL, C1), line and paragraph
+# separators, and the bidirectional controls, which turn text around. A tab becomes a space.
+UNSAFE = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+SAFE_TEXT = {**dict.fromkeys(UNSAFE, "\ufffd"), ord("\t"): " "}
+
+NAME_RULE = f"JOIN [name [room]]; a name is 1 to {MAX_NAME} letters, digits, _ or -"
+
+log = logging.getLogger("chat")
+options = argparse.Namespace()   # the command line: set before the first thread starts, then read
+closing = False                  # set by Ctrl-C and SIGTERM, looked at by the main thread
+
+# ---- What the threads share, and why that is safe ----------------------------------------------
+#
+# rooms_lock (in C: a pthread_mutex_t) guards `rooms`, the members of each room, `clients`, each
+# client's name, room, reason and deadline, and every send.
+#
+# - Looking up a room or a name and acting on the answer are one critical section. Otherwise two
+#   clients could both find no room and make two, or take one name, or enter a room being deleted.
+# - Sending is done under the lock: so everybody sees the same lines in the same order, and no two
+#   lines mix on one socket. This is allowed only because send never waits here.
+# - Nothing that may wait is done under the lock: no recv, no sleep, no line of the log.
+# - Only a client's own thread changes its name and room (so it may read them without the lock), and
+#   only that thread closes the socket, after taking the client out of `rooms` and `clients`:
+#   who finds a client there, under the lock, may use its socket.
+
+rooms = []                       # the oldest first; never one without members
+clients = set()                  # every connection that has a thread
+rooms_lock = threading.Lock()
+
+
+class Room:
+    """A named room and its members (Client), in the order of entering."""
+
+    def __init__(self, name):
+        self.name = name
+        self.members = []
+        self.said = collections.deque()      # (speaker, bytes) that wait for the lock, see say()
+
+    def broadcast(self, batch):
+        """Send `batch`, a list of (speaker, bytes), to all but the speaker. Lock held."""
+        speakers = {speaker for speaker, _ in batch}
+        everything = b"".join(lines for _, lines in batch)
+        for member in self.members:
+            if member not in speakers:
+                member.send(everything)
+            elif len(speakers) > 1:
+                member.send(b"".join(lines for speaker, lines in batch if speaker is not member))
+
+
+class Client:
+    """A connection: its socket, who it is and where, and its thread's work."""
+
+    def __init__(self, sock, number):
+        self.sock = sock
+        self.number = number
+        self.name = None
+        self.room = None                     # None before it has joined and after it has left
+        self.reason = None                   # why the connection ends; None while it goes on
+        self.deadline = time.monotonic() + JOIN_SECONDS
+        self.unfinished = b""                # a request whose end has not come yet
+        self.skipping = False                # in the middle of a request that is too long
+        self.messages = 0                    # how many it has said
+        self.events = []                     # what to log when the lock is free again
+
+    def serve(self):
+        """Read and carry out requests until the client leaves. Runs in a thread of its own."""
+        chunk = min(CHUNK, options.rate // 8 + 1) if options.rate else CHUNK
+        ended = "end of file"
+        try:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # do not wait for more
+            if not DONT_WAIT:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 10)   # Windows: ms
+            while not self.reason:
+                data = self.sock.recv(chunk)
+                if not data:                 # b"" is not "nothing yet" but "nothing any more"
+                    break
+                self.handle(data)
+                if options.rate:             # read no faster: TCP then holds the sender back
+                    time.sleep(len(data) / options.rate)
+        except OSError as error:
+            ended = f"connection lost: {error.strerror}"
+        finally:                             # the one way out, however the connection ends
+            self.leave(ended)
+            with contextlib.suppress(OSError):
+                while self.sock.recv(CHUNK):     # to close with unread input would reset the
+                    pass                         # connection, and our BYE could be lost
+            log.info("thread ends after %d messages: %s", self.messages, self.reason)
+            with rooms_lock:
+                clients.remove(self)
+            self.sock.close()
+
+    def requests(self, data):
+        """Yield each request (str) that `data` (bytes, just received) completes, or TOO_LONG.
+
+        TCP keeps the order of bytes, not the pieces in which they were sent. So cut at newlines,
+        which are never a part of another UTF-8 character, and decode whole lines only.
+        """
+        *lines, self.unfinished = (self.unfinished + data).split(b"\n")
+        for line in lines:
+            if line.endswith(b"\r"):
+                line = line[:-1]
+            if self.skipping:
+                self.skipping = False            # the end of a line that was refused already
+            elif len(line) > MAX_REQUEST:
+                yield TOO_LONG
+            else:
+                yield line.decode("utf-8", "replace").translate(SAFE_TEXT).lstrip()
+        if len(self.unfinished) > MAX_REQUEST + len(b"\r") and not self.skipping:
+            self.skipping = True
+            yield TOO_LONG
+        if self.skipping:
+            self.unfinished = b""                # however long the line, memory is bounded
+
+    def handle(self, data):
+        """Carry out, in order, the requests that `data` (bytes, just received) completes."""
+        said = []                                # messages in a row are passed on together
+        for request in self.requests(data):
+            verb, _, text = request.partition(" ")
+            verb = verb.upper()
+            if verb == "MSG" and self.room:
+                if text.strip():
+                    said.append(f"MSG {self.name} {text}\n")
+                continue
+            self.say(said)
+            said = []
+            if verb == "JOIN":
+                self.join(*text.split())
+                self.write_log()
+            elif verb == "LEAVE":
+                return self.leave("you said LEAVE")
+            elif verb:
+                self.answer(verb)
+        self.say(said)
+
+    def answer(self, verb):
+        """Answer a request that changes nothing: what was asked for, or ERROR."""
+        with rooms_lock:
+            if verb == "ROOMS":
+                self.tell("ROOMS", *(f"{room.name}={len(room.members)}" for room in rooms))
+            elif verb == "WHO" and self.room:
+                self.tell("WHO", *(member.name for member in self.room.members))
+            elif verb in ("MSG", "WHO"):
+                self.tell("ERROR", "join a room first: JOIN [name [room]]")
+            elif verb == TOO_LONG:
+                self.tell("ERROR", f"a request is at most {MAX_REQUEST} bytes long")
+            else:
+                self.tell("ERROR", "unknown request; there are JOIN, MSG, WHO, ROOMS and LEAVE")
+
+    def say(self, said):
+        """Pass on the MSG lines in the list `said` to the others in the room.
+
+        While one thread sends, others wait for the lock, each with lines to say. The next to get
+        it says them all, with one send a receiver, not one a line: bursts are 3 times as fast.
+        """
+        if said:
+            self.messages += len(said)
+            waiting = self.room.said             # a deque: its append and popleft are atomic
+            waiting.append((self, "".join(said).encode()))
+            with rooms_lock:
+                self.room.broadcast([waiting.popleft() for _ in range(len(waiting))])
+
+    def join(self, name=None, room_name=None, *more):
+        """Enter a room, or move, or take another name: in one step, or not at all and ERROR."""
+        with rooms_lock:
+            others = [member for room in rooms for member in room.members if member is not self]
+            taken = [other.name.casefold() for other in others]
+            guests = (f"guest{number}" for number in itertools.count(self.number))
+            name = name or next(guest for guest in guests if guest not in taken)
+            room = find_room(room_name, self.room)
+            if more or not is_name(name) or room_name and not is_name(room_name):
+                return self.refuse(NAME_RULE)
+            if name.casefold() in taken:
+                return self.refuse(f"the name {name} is taken")
+            if self.room and (name, room) == (self.name, self.room):
+                return self.refuse(f"you are {name} in {room.name} already")
+            if self.reason:                          # cut off while it waited for the lock
+                return
+            if not room:
+                room = Room(room_name or "lobby")
+                rooms.append(room)
+                self.events.append(f"room {room.name} created")
+            room.members.append(self)                # before it leaves: its room may be the same
+            self.leave_room()
+            self.name, self.room, self.deadline = name, room, float("inf")
+            self.tell("WELCOME", room.name, name, f"Welcome to {options.name}, {name}!")
+            room.broadcast([(self, f"JOINED {name}\n".encode())])
+            self.events.append(f"{name} joined {room.name}")
+
+    def refuse(self, why):
+        """Answer JOIN with ERROR: nothing has changed. Lock held."""
+        self.tell("ERROR", why)
+        self.events.append(f"refused: {why}")
+
+    def leave_room(self):
+        """Leave the room, if in one; the last to leave deletes it. Lock held."""
+        room, self.room = self.room, None
+        if room:
+            room.members.remove(self)
+            room.broadcast([(self, f"LEFT {self.name}\n".encode())])
+            self.events.append(f"{self.name} left {room.name}")
+            if not room.members:
+                rooms.remove(room)
+                self.events.append(f"room {room.name} deleted")
+
+    def leave(self, reason):
+        """Leave the room, and say BYE if it has not been said; to leave twice does no harm."""
+        with rooms_lock:
+            self.leave_room()
+            self.say_bye(reason)
+        self.write_log()
+
+    def write_log(self):
+        """Log what has happened, now that the lock is free: to write to a terminal may take long."""
+        for event in self.events:
+            log.info(event)
+        self.events.clear()
+
+    def say_bye(self, reason):
+        """Send BYE, the last line, then end our direction of the connection. Lock held."""
+        if not self.reason:
+            self.tell("BYE", reason)
+            self.reason = self.reason or reason
+            self.deadline = time.monotonic() + FAREWELL_SECONDS
+            self.shutdown(socket.SHUT_WR)
+
+    def tell(self, *words):
+        """Send one line that consists of `words` (str). Lock held."""
+        self.send(f"{' '.join(words)}\n".encode())
+
+    def send(self, data):
+        """Send `data` (bytes: whole lines) without waiting, or drop the client. Lock held.
+
+        A full send buffer means that the client has not read for too long. If a part of `data`
+        still fitted, a line is cut in two: nothing may follow it, so that is the end as well.
+        """
+        if self.reason:
+            return
+        try:
+            if self.sock.send(data, DONT_WAIT) == len(data):
+                return
+            self.reason = "dropped: it does not read"
+        except (BlockingIOError, socket.timeout):
+            self.reason = "dropped: it does not read"
+        except OSError as error:
+            self.reason = f"connection lost: {error.strerror}"
+        self.shutdown(socket.SHUT_RDWR)
+
+    def shutdown(self, how):
+        """End a direction of the connection, or both; both wake our thread, which waits in recv."""
+        with contextlib.suppress(OSError):           # the client has gone already
+            self.sock.shutdown(how)
+
+
+def is_name(word):
+    """Tell whether `word` (str) can name a person or a room; letters may be of any script."""
+    return len(word) <= MAX_NAME and all(c.isalpha() or c.isdigit() or c in "_-" for c in word)
+
+
+def find_room(name, here):
+    """Return the room of that name; for None `here`, or the oldest; else None. Lock held."""
+    if name is None:
+        return here or (rooms[0] if rooms else None)
+    return next((room for room in rooms if room.name.casefold() == name.casefold()), None)
+
+
+# ---- With --trace: every line received and sent, and the lock ------------------------------------
+
+class TracedLock:
+    """Stands in for rooms_lock, and logs who waits for it, who has it and who lets go."""
+
+    def __init__(self, lock):
+        self.lock = lock
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            trace("waits for the lock")
+            self.lock.acquire()
+        trace("has the lock")
+
+    def __exit__(self, *_):
+        trace("lets go of the lock")
+        self.lock.release()
+
+
+def trace(message):
+    """Log for --trace; not from the main thread, which takes the lock four times a second."""
+    if threading.current_thread() is not threading.main_thread():
+        log.info("    %s", message)
+
+
+def trace_everything():
+    """Wrap what is traced in functions that log; so without --trace nothing is slower."""
+    global rooms_lock
+    requests, send = Client.requests, Client.send
+
+    def traced_requests(client, data):
+        for request in requests(client, data):
+            trace(f"<- {request!r}")
+            yield request
+
+    def traced_send(client, data):
+        for line in data.decode().splitlines():
+            trace(f"-> {client.name}: {line}")
+        send(client, data)
+    rooms_lock, Client.requests, Client.send = TracedLock(rooms_lock), traced_requests, traced_send
+
+
+# ---- The main thread: listen, accept, close -----------------------------------------------------
+
+def listen(host, port):
+    """Return a listening socket (in C: socket, setsockopt, bind, listen). Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)     # inherited by the
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)  # sockets it accepts;
+    listener.settimeout(TICK_SECONDS)                                         # this is not
+    return listener
+
+
+def accept_clients(listener):
+    """Start a thread for each client that connects, and keep the deadlines, until `closing`."""
+    numbers = itertools.count(1)
+    while not closing:
+        keep_deadlines()
+        try:
+            sock, address = listener.accept()
+        except (socket.timeout, ConnectionAbortedError):     # nobody came, or has gone again
+            continue
+        except OSError as error:                             # out of file descriptors, for one
+            log.warning("cannot accept: %s", error.strerror)
+            time.sleep(TICK_SECONDS)                         # it would fail again at once
+            continue
+        start_thread(Client(sock, next(numbers)), address)
+
+
+def start_thread(client, address):
+    """Start the client's thread; one client too many gets its BYE first, so it will only leave."""
+    thread = threading.Thread(target=client.serve, name=f"client-{client.number}", daemon=True)
+    with rooms_lock:
+        if sum(not other.reason for other in clients) >= options.max_clients:
+            client.say_bye(f"the server is full ({options.max_clients} clients)")
+        clients.add(client)
+    log.info("connection from %s:%d: thread %s starts", *address[:2], thread.name)
+    try:
+        thread.start()
+    except RuntimeError as error:                            # the system has no thread left
+        log.warning("%s: %s", thread.name, error)
+        with rooms_lock:
+            clients.remove(client)
+        client.sock.close()
+
+
+def keep_deadlines():
+    """Cut off who has not joined in time, and hang up on who does not after BYE."""
+    now = time.monotonic()
+    with rooms_lock:
+        for client in clients:
+            if now > client.deadline and client.reason:
+                client.shutdown(socket.SHUT_RDWR)
+            elif now > client.deadline:
+                client.say_bye(f"no JOIN within {JOIN_SECONDS} seconds")
+
+
+def close():
+    """Say BYE to every client and wait until they have gone, FAREWELL_SECONDS at most."""
+    log.info("closing: BYE to %d clients", len(clients))
+    with rooms_lock:
+        for client in clients:
+            client.say_bye("the server is closing")
+    while clients:
+        keep_deadlines()
+        time.sleep(0.01)
+    log.info("closed")
+
+
+def stop(signum, _frame):
+    """On Ctrl-C or SIGTERM, have the main thread close; a second one ends the process at once."""
+    global closing
+    closing = True
+    signal.signal(signum, signal.SIG_DFL)
+
+
+def parse_arguments():
+    """Fill `options` from the command line; status 2 and a usage line if it makes no sense."""
+    parser = argparse.ArgumentParser(description="A chatroom server: one thread a client.")
+    parser.add_argument("port", type=int, help="TCP port to listen on; 0: the system picks one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: "
+                        "for this machine only; 0.0.0.0: for the network too)")
+    parser.add_argument("--name", default="Chatroom", help="the server's name (%(default)s)")
+    parser.add_argument("--max-clients", type=int, default=100, help="at once (%(default)s)")
+    parser.add_argument("--rate", type=int, default=8192, help="bytes a second that are read from "
+                        "each client (%(default)s; 0: no limit)")
+    parser.add_argument("--trace", action="store_true", help="log each line received and sent, and "
+                        "the lock (also while it is held: for a lesson, not for a crowd)")
+    parser.parse_args(namespace=options)
+    options.name = options.name.encode("utf-8", "replace").decode().translate(SAFE_TEXT).strip()
+    if not 0 <= options.port <= 65535:
+        parser.error("the port is a number from 0 to 65535")
+    if options.max_clients < 1 or options.rate < 0 or not options.name or not options.host:
+        parser.error("--max-clients is at least 1, --rate at least 0, --name and --host not empty")
+
+
+def main():
+    """Run the server. Exit status: 0 when it was closed, 1 when it cannot listen."""
+    parse_arguments()
+    threading.current_thread().name = "main"
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(threadName)-9s %(message)s",
+                        datefmt="%H:%M:%S")
+    try:
+        listener = listen(options.host, options.port)
+    except (OSError, UnicodeError) as error:                 # UnicodeError: not even a host name
+        hints = {errno.EADDRINUSE: "the port is in use; stop that server or take another port",
+                 errno.EACCES: "not allowed; take a port from 1024 up"}
+        hint = hints.get(getattr(error, "errno", None), f"{error}; is --host an own address?")
+        sys.exit(f"server.py: cannot listen on {options.host}:{options.port}: {hint}")
+    if options.trace:
+        trace_everything()
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    log.info("%s listening on %s:%d (%s)", options.name, *listener.getsockname()[:2],
+             "this machine only; --host 0.0.0.0 opens it to the classroom"
+             if options.host == "127.0.0.1" else "clients need this machine's address")
+    with listener:
+        accept_clients(listener)
+    close()
+
+
+if __name__ == "__main__":
+    main()

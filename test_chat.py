@@ -1,0 +1,989 @@
+"""Tests of the chatroom: the real scripts as processes, real sockets, a real terminal (pty).
+
+    python -m pytest                      all of it
+    python -m pytest -s -k fan_out        how fast it is on this machine
+
+A test starts a server of its own on a free port, and reads like the protocol:
+`alice.says("MSG hi")`, `bob.hears("MSG alice hi")`. Waiting has a deadline, never a fixed length.
+"""
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+PATIENCE = 10        # seconds until something that should have happened counts as missing
+
+
+# ---- Helpers ------------------------------------------------------------------------------------
+
+def eventually(condition, what="it", seconds=PATIENCE):
+    """Wait until `condition()` is true, and return its value; fail after so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.01)
+
+
+def edited(tmp_path, script, *edits):
+    """Return the path of a copy of `script` with (old, new) edits; each old must be in it once."""
+    text = (HERE / script).read_text(encoding="utf-8")
+    for old, new in edits:
+        assert text.count(old) == 1, f"{script} has {text.count(old)} times: {old}"
+        text = text.replace(old, new)
+    path = tmp_path / script
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+class Process:
+    """A script, started as a person starts it; what it prints is collected in `out` and `err`."""
+
+    def __init__(self, *command, stdin=subprocess.DEVNULL, **more):
+        command = [sys.executable, *map(str, command)]
+        self.popen = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE, **more)
+        self.collected = {"out": b"", "err": b""}
+        self.threads = [threading.Thread(target=self.collect, args=(name, stream), daemon=True)
+                        for name, stream in (("out", self.popen.stdout), ("err", self.popen.stderr))]
+        for thread in self.threads:
+            thread.start()
+
+    def collect(self, name, stream):
+        for data in iter(lambda: os.read(stream.fileno(), 65536), b""):
+            self.collected[name] += data
+
+    @property
+    def out(self):
+        return self.collected["out"].decode()
+
+    @property
+    def err(self):
+        return self.collected["err"].decode()
+
+    def type(self, text):
+        self.popen.stdin.write(text.encode())
+        self.popen.stdin.flush()
+
+    def status(self, seconds=PATIENCE):
+        """Wait for the end; return the exit status. No traceback is ever printed."""
+        status = self.popen.wait(seconds)
+        for thread in self.threads:
+            thread.join(seconds)
+        assert "Traceback" not in self.err and "Exception" not in self.err, self.err
+        return status
+
+    def stop(self):
+        with contextlib.suppress(ProcessLookupError):
+            self.popen.kill()
+        self.popen.wait()
+        for thread in self.threads:
+            thread.join(PATIENCE)
+        for stream in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
+            if stream:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+class Server(Process):
+    """A running server; `port` is where it listens."""
+
+    def __init__(self, *arguments, script=HERE / "server.py", **more):
+        super().__init__(script, 0, *arguments, **more)
+        self.port = int(eventually(lambda: re.search(r" listening on \S+:(\d+) ", self.err), "the server to listen").group(1))
+        self.peers = []
+
+    def connect(self, **options):
+        peer = Peer(self.port, **options)
+        self.peers.append(peer)
+        return peer
+
+    def join(self, name, room="", **options):
+        """Return a Peer that has joined."""
+        peer = self.connect(**options)
+        peer.says(f"JOIN {name} {room}".strip())
+        peer.hears(rf"WELCOME \S+ {name} .*")
+        return peer
+
+    def logs(self, pattern, seconds=PATIENCE):
+        """Wait for a line of the log that matches."""
+        return eventually(lambda: re.search(pattern, self.err), f"{pattern!r} in the log:\n{self.err}", seconds)
+
+    def close(self, signum=signal.SIGINT):
+        """Close the server as a person does; return its exit status."""
+        self.popen.send_signal(signum)
+        return self.status()
+
+    def threads_now(self):
+        return len(os.listdir(f"/proc/{self.popen.pid}/task"))
+
+    def rss(self):
+        """Memory in use, in KiB."""
+        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.popen.pid}/status").read_text()).group(1))
+
+    def cpu(self):
+        """Processor time used so far, in seconds."""
+        fields = Path(f"/proc/{self.popen.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self):
+        for peer in self.peers:
+            peer.sock.close()
+        super().stop()
+
+
+class Peer:
+    """A raw connection to the server, line by line."""
+
+    def __init__(self, port, receive_buffer=None):
+        self.sock = socket.socket()
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(("127.0.0.1", port))
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.buffer = b""
+
+    def says(self, *requests):
+        self.sends("".join(f"{request}\n" for request in requests).encode())
+
+    def sends(self, data):
+        self.sock.sendall(data)
+
+    def line(self, seconds=PATIENCE):
+        """Return the next line (str), or None at the end of the connection."""
+        end = time.monotonic() + seconds
+        while b"\n" not in self.buffer:
+            self.sock.settimeout(max(0.001, end - time.monotonic()))
+            data = self.sock.recv(65536)
+            if not data:
+                assert not self.buffer, f"cut line: {self.buffer!r}"
+                return None
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return line.decode()
+
+    def hears(self, *patterns, seconds=PATIENCE):
+        """The next lines match these patterns (regular expressions), one each; return the last one."""
+        line = None
+        for pattern in patterns:
+            line = self.line(seconds)
+            assert line is not None and re.fullmatch(pattern, line), f"{line!r} is not {pattern!r}"
+        return line
+
+    def hears_nothing(self):
+        """All that was sent to us so far has been heard. (Asks WHO, whose answer must come next.)"""
+        self.says("WHO")
+        self.hears("WHO .*")
+
+    def hears_end(self, *patterns):
+        """After lines like these the connection is closed, in order."""
+        if patterns:
+            self.hears(*patterns)
+        assert self.line() is None
+
+    def hears_sometime(self, pattern, seconds=PATIENCE):
+        """One of the next lines matches; return it."""
+        end = time.monotonic() + seconds
+        while True:
+            line = self.line(end - time.monotonic())
+            assert line is not None, f"the end came before {pattern!r}"
+            if re.fullmatch(pattern, line):
+                return line
+
+    def leaves(self):
+        self.says("LEAVE")
+        self.hears_sometime("BYE .*")
+        self.hears_end()
+        self.sock.close()
+
+    def resets(self):
+        """Vanish with a reset instead of an orderly end."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.sock.close()
+
+
+@pytest.fixture
+def start():
+    """start(Class, ...) makes a process that is stopped after the test."""
+    started = []
+
+    def starter(process, *arguments, **more):
+        started.append(process(*arguments, **more))
+        return started[-1]
+    yield starter
+    for process in started:
+        process.stop()
+
+
+@pytest.fixture
+def server(start):
+    return start(Server)
+
+
+def client(server, *arguments, typed=None):
+    """Run client.py with `typed` (str) as its standard input, a pipe."""
+    process = Process("client.py", "127.0.0.1", server.port, *arguments, stdin=subprocess.PIPE)
+    if typed is not None:
+        process.popen.stdin.write(typed.encode())
+        process.popen.stdin.close()
+    return process
+
+
+# ---- The scenario -------------------------------------------------------------------------------
+
+def test_scenario_in_the_log(server):
+    alice = server.connect()
+    alice.says("JOIN alice")
+    alice.hears("WELCOME lobby alice .*Chatroom.*")
+    bob = server.connect()
+    bob.says("JOIN bob")
+    bob.hears("WELCOME lobby bob .*Chatroom.*")
+    alice.hears("JOINED bob")
+    bob.says("MSG hello")
+    alice.hears("MSG bob hello")
+    bob.leaves()
+    alice.hears("LEFT bob")
+    server.logs("client-2 +thread ends")
+    alice.sock.close()
+    server.logs("client-1 +thread ends")
+    carol = server.join("carol")
+    server.popen.send_signal(signal.SIGINT)
+    carol.hears_end("BYE the server is closing")
+    carol.sock.close()
+    assert server.status() == 0
+    log = [re.sub(r"^\d\d:\d\d:\d\d (\S+) +(.*?)(:\d+)?( \(.*)?$", r"\1 \2", line) for line in server.err.splitlines()]
+    story = ["main Chatroom listening on 127.0.0.1",
+             "main connection from 127.0.0.1:PORT: thread client-1 starts",
+             "client-1 room lobby created",
+             "client-1 alice joined lobby",
+             "main connection from 127.0.0.1:PORT: thread client-2 starts",
+             "client-2 bob joined lobby",
+             "client-2 bob left lobby",
+             "client-2 thread ends after 1 messages: you said LEAVE",
+             "client-1 alice left lobby",
+             "client-1 room lobby deleted",
+             "client-1 thread ends after 0 messages: end of file",
+             "main connection from 127.0.0.1:PORT: thread client-3 starts",
+             "client-3 room lobby created",
+             "client-3 carol joined lobby",
+             "main closing: BYE to 1 clients",
+             "client-3 carol left lobby",
+             "client-3 room lobby deleted",
+             "client-3 thread ends after 0 messages: the server is closing",
+             "main closed"]
+    assert [re.sub(r":\d{4,5}:", ":PORT:", line) for line in log] == story
+    assert "hello" not in server.err
+
+
+# ---- The protocol, rule by rule -------------------------------------------------------------------
+
+def test_rule_1_rooms(server):
+    alice, bob = server.join("alice"), server.join("bob", "Den")
+    bob.says("ROOMS")
+    bob.hears("ROOMS lobby=1 Den=1")
+    carol = server.join("carol")                     # no room given: the oldest
+    carol.says("ROOMS", "WHO")
+    carol.hears("ROOMS lobby=2 Den=1", "WHO alice carol")
+    alice.hears("JOINED carol")
+    alice.leaves()
+    carol.hears("LEFT alice")
+    carol.leaves()
+    bob.says("ROOMS")
+    bob.hears("ROOMS Den=1")                         # deleted at once
+    dave = server.connect()
+    dave.says("ROOMS", "JOIN dave", "JOIN dora")     # the oldest now; then: stay where you are
+    dave.hears("ROOMS Den=1", "WELCOME Den dave .*", "WELCOME Den dora .*")
+    bob.hears("JOINED dave", "LEFT dave", "JOINED dora")
+    dave.says("JOIN dora dEN")                       # names of rooms are the same in any case
+    dave.hears("ERROR .*")
+
+
+def test_rule_1_room_alone_keeps_its_age(server):
+    alice, bob = server.join("alice", "first"), server.join("bob", "second")
+    alice.says("JOIN anna", "ROOMS")
+    alice.hears("WELCOME first anna .*", "ROOMS first=1 second=1")
+    bob.says("JOIN bob third", "ROOMS")
+    bob.hears("WELCOME third bob .*", "ROOMS first=1 third=1")
+
+
+@pytest.mark.parametrize("name", ["a", "x" * 20, "Ann_Lee-2", "Ünïcödé", "名前", "Имя", "١٢", "_"])
+def test_rule_2_good_names(server, name):
+    peer = server.join(name, name)
+    peer.says("WHO", "ROOMS")
+    peer.hears(f"WHO {name}", f"ROOMS {name}=1")
+
+
+@pytest.mark.parametrize("request_", ["JOIN " + "x" * 21, "JOIN a.b", "JOIN a=b", "JOIN a \N{SNOWMAN}", "JOIN a/b", "JOIN a b c",
+                                      "JOIN a\x1b[2J", "JOIN a\x00", "JOIN a b\u202e", "JOIN a " + "r" * 21])
+def test_rule_2_bad_names(server, request_):
+    peer = server.connect()
+    peer.says(request_, "ROOMS")
+    peer.hears("ERROR .*", "ROOMS")
+    peer.says("JOIN fine")
+    peer.hears("WELCOME lobby fine .*")
+
+
+def test_rule_2_unique_without_regard_to_case(server):
+    alice = server.join("Alice")
+    straße = server.join("Straße", "den")
+    bob = server.connect()
+    bob.says("JOIN alice", "JOIN ALICE elsewhere", "JOIN STRASSE", "JOIN bob")
+    bob.hears("ERROR .*", "ERROR .*", "ERROR .*", "WELCOME lobby bob .*")
+    bob.says("JOIN aLICE", "WHO")
+    bob.hears("ERROR .*", "WHO Alice bob")
+    alice.says("JOIN alice")                         # one's own name may change its case
+    alice.hears("JOINED bob", "WELCOME lobby alice .*")
+    straße.hears_nothing()
+
+
+def test_rule_2_name_is_free_again(server):
+    alice = server.join("alice")
+    for ending in (Peer.leaves, Peer.resets, lambda peer: peer.sock.close()):
+        bob = server.join("bob")
+        alice.hears("JOINED bob")
+        ending(bob)
+        alice.hears("LEFT bob")                      # from here on the name is free
+    server.join("bob").leaves()
+    alice.hears("JOINED bob", "LEFT bob")
+
+
+def test_rule_2_name_is_free_when_bye_arrives(server):
+    for _ in range(30):
+        server.join("bob").leaves()
+
+
+def test_rule_2_guests(server):
+    first, second = server.connect(), server.connect()
+    first.says("JOIN")
+    name = first.hears(r"WELCOME lobby guest\d+ .*").split()[2]
+    second.says("JOIN")
+    other = second.hears(r"WELCOME lobby guest\d+ .*").split()[2]
+    assert name != other
+    first.hears(f"JOINED {other}")
+    third = server.connect()
+    third.says("JOIN guest4", "JOIN guest3")
+    third.hears("WELCOME lobby guest4 .*", "WELCOME lobby guest3 .*")
+    fourth = server.connect()
+    fourth.says("JOIN")
+    assert fourth.hears(r"WELCOME lobby guest\d+ .*").split()[2] not in (name, other, "guest3")
+
+
+def test_rule_3_moving(server):
+    alice, bob, carol = server.join("alice"), server.join("bob"), server.join("carol", "den")
+    alice.hears("JOINED bob")
+    alice.says("JOIN anna den", "WHO")
+    alice.hears("WELCOME den anna .*", "WHO carol anna")
+    bob.hears("LEFT alice")
+    carol.hears("JOINED anna")
+    alice.says("JOIN carol lobby", "JOIN anna !", "JOIN x y z", "JOIN anna", "JOIN anna den", "WHO", "ROOMS")
+    alice.hears(*["ERROR .*"] * 5, "WHO carol anna", "ROOMS lobby=1 den=2")
+    bob.hears_nothing()
+    carol.hears_nothing()
+    carol.says("JOIN carol lobby")
+    carol.hears("WELCOME lobby carol .*")
+    anna = alice
+    anna.hears("LEFT carol")
+    anna.says("JOIN anna lobby", "ROOMS")
+    anna.hears("WELCOME lobby anna .*", "ROOMS lobby=3")
+
+
+def test_rule_4_before_joining(server):
+    peer = server.connect()
+    peer.says("MSG hi", "WHO", "HELLO", "", "rooms", "leave")
+    peer.hears_end("ERROR .*JOIN.*", "ERROR .*JOIN.*", "ERROR .*", "ROOMS", "BYE .*")
+
+
+def test_rule_5_same_order_for_everyone(server):
+    """Five talk at once; the sixth hears what the five hear, each without its own, in the same order."""
+    peers = [server.join(f"p{n}") for n in range(6)]
+    for n, peer in enumerate(peers):
+        peer.hears(*(f"JOINED p{later}" for later in range(n + 1, 6)))
+    for i in range(40):
+        for peer in peers[:5]:
+            peer.says(f"MSG {i}")
+    heard = [[peer.line() for _ in range(200 if n == 5 else 160)] for n, peer in enumerate(peers)]
+    for n in range(5):
+        own = [line for line in heard[5] if line.startswith(f"MSG p{n} ")]
+        assert own == [f"MSG p{n} {i}" for i in range(40)]
+        others = [line for line in heard[5] if line not in own]
+        assert heard[n] == others
+
+
+def test_rule_6_pieces(server):
+    bob, alice = server.join("bob"), server.join("alice")
+    bob.hears("JOINED alice")
+    for byte in "msg hé€😀\r\n".encode():
+        alice.sends(bytes([byte]))
+    bob.hears("MSG alice hé€😀")
+    alice.sends("\r\n\n   \nMSG\nMSG \nMSG  \t \nMsG   a  b \nWHO\r\nmsg".encode())
+    alice.hears("WHO bob alice")
+    alice.sends(b" c\nMSG never finished")
+    bob.hears("MSG alice   a  b ", "MSG alice c")
+    alice.sock.shutdown(socket.SHUT_WR)
+    alice.hears_end("BYE .*")
+    bob.hears("LEFT alice")
+
+
+def test_rule_6_too_long(start):
+    server = start(Server, "--rate", 0)
+    bob, alice = server.join("bob"), server.join("alice")
+    bob.hears("JOINED alice")
+    longest = "x" * 1020
+    alice.sends(f"MSG {longest}\nMSG {longest}\r\nMSG {longest}x\nMSG {longest}x\r\nMSG ok\n".encode())
+    alice.hears("ERROR .*1024.*", "ERROR .*1024.*")
+    bob.hears(f"MSG alice {longest}", f"MSG alice {longest}", "MSG alice ok")
+    alice.sends(b"MSG " + "é".encode() * 510 + b"\n" + b"MSG " + "é".encode() * 511 + b"\nMSG ok\n")
+    bob.hears("MSG alice " + "é" * 510, "MSG alice ok")
+    alice.hears("ERROR .*")
+    alice.sends(b"x" * 3000)
+    alice.hears("ERROR .*")                          # said at once, not only at the end of the line
+    alice.sends(b"x" * 3000)
+    alice.sends(b"\nMSG ok\n")
+    bob.hears("MSG alice ok")
+    alice.hears_nothing()
+
+
+def test_rule_6_line_of_40_mib(start):
+    server = start(Server, "--rate", 0)
+    bob, alice = server.join("bob"), server.join("alice")
+    bob.hears("JOINED alice")
+    before = server.rss()
+    alice.sends(b"MSG ")
+    for n in range(40):
+        alice.sends(b"x" * (1 << 20))
+        bob.says(f"MSG {n}")                         # the others go on
+    alice.sends(b"\nMSG ok\n")
+    bob.hears("MSG alice ok")
+    assert server.rss() - before < 512
+    alice.hears("ERROR .*", *(f"MSG bob {n}" for n in range(40)))
+
+
+def test_rule_6_invalid_utf8(server):
+    bob, alice = server.join("bob"), server.join("alice")
+    bob.hears("JOINED alice")
+    alice.sends(b"MSG a\xffb \xc3( \xe2\x82\nMSG ok\n")
+    bob.hears("MSG alice a\ufffdb \ufffd\\( \ufffd", "MSG alice ok")
+
+
+def test_rule_7_safe_text(server):
+    bob, alice = server.join("bob"), server.join("alice")
+    bob.hears("JOINED alice")
+    forbidden = [c for c in map(chr, [*range(0x20), *range(0x7f, 0xa0), 0x2028, 0x2029, *range(0x202a, 0x202f), *range(0x2066, 0x206a)])
+                 if c not in "\t\n"]
+    alice.says("MSG " + "".join(forbidden) + ".")
+    bob.hears("MSG alice " + "\ufffd" * len(forbidden) + r"\.")
+    alice.says("MSG a\tb\rc", "MSG\td")
+    bob.hears("MSG alice a b\ufffdc", "MSG alice d")
+    fine = "👩\u200d🏫 e\u0301 עברית العربية \u200f\u061c\u00a0\ufeff 漢字 \U0001f1e9\U0001f1ea \x7e"
+    alice.says(f"MSG {fine}")
+    bob.hears(f"MSG alice {fine}")
+
+
+def test_rule_8_one_way_out(server):
+    alice = server.join("alice")
+    quiet = server.threads_now()
+    endings = {"leave": Peer.leaves, "close": lambda peer: peer.sock.close(), "reset": Peer.resets,
+               "half": lambda peer: (peer.sock.shutdown(socket.SHUT_WR), peer.hears_end("BYE .*"), peer.sock.close())}
+    for name, ending in endings.items():
+        peer = server.join(name)
+        alice.hears(f"JOINED {name}")
+        peer.says("MSG last words")
+        alice.hears(f"MSG {name} last words")
+        ending(peer)
+        alice.hears(f"LEFT {name}")
+    alice.hears_nothing()
+    eventually(lambda: server.threads_now() == quiet, "the threads to end")
+    assert len(os.listdir(f"/proc/{server.popen.pid}/fd")) <= 6      # 0, 1, 2, the listener, alice
+
+
+def test_rule_8_said_before_the_end_is_delivered(server):
+    alice, bob = server.join("alice"), server.connect()
+    bob.says("JOIN bob", *(f"MSG {n}" for n in range(100)))
+    bob.sock.shutdown(socket.SHUT_WR)
+    alice.hears("JOINED bob", *(f"MSG bob {n}" for n in range(100)), "LEFT bob")
+
+
+def test_rule_8_leave_in_the_middle(server):
+    """A hundred requests in one segment: each is answered in its turn, and none after LEAVE."""
+    alice, bob = server.join("alice"), server.join("bob")
+    alice.hears("JOINED bob")
+    requests = ["MSG 1", "WHO", "MSG 2", "MSG 3", "JOIN rob", "MSG 4", "ROOMS", "nonsense", "JOIN rob den", "MSG 5", "JOIN bob lobby", "MSG 6"]
+    bob.says(*requests * 8, "MSG end", "LEAVE", "MSG after", "WHO")
+    answers = ["WHO alice bob", "WELCOME lobby rob .*", "ROOMS lobby=2", "ERROR .*", "WELCOME den rob .*", "WELCOME lobby bob .*"]
+    bob.hears_end(*answers * 8, "BYE .*")
+    heard = ["MSG bob 1", "MSG bob 2", "MSG bob 3", "LEFT bob", "JOINED rob", "MSG rob 4", "LEFT rob", "JOINED bob", "MSG bob 6"]
+    alice.hears(*heard * 8, "MSG bob end", "LEFT bob")
+    alice.hears_nothing()
+
+
+def test_rule_9_max_clients(start):
+    server = start(Server, "--max-clients", 2)
+    alice, bob = server.join("alice"), server.connect()
+    for more in (b"", b"JOIN carol\nMSG hi\n" * 2000):
+        carol = server.connect()
+        with contextlib.suppress(ConnectionError):
+            carol.sends(more)
+        carol.hears_end("BYE .*full.*2.*")
+        carol.sock.close()
+    bob.says("JOIN bob", "ROOMS")
+    bob.hears("WELCOME lobby bob .*", "ROOMS lobby=2")
+    for _ in range(10):                              # free again as soon as somebody has left
+        bob.leaves()
+        bob = server.join("bob")
+    alice.hears("JOINED bob", *["LEFT bob", "JOINED bob"] * 10)
+
+
+def test_rule_9_join_deadline(start, tmp_path):
+    server = start(Server, script=edited(tmp_path, "server.py", ("JOIN_SECONDS = 30", "JOIN_SECONDS = 1"), ("FAREWELL_SECONDS = 2", "FAREWELL_SECONDS = 1")))
+    alice, silent, trickling = server.join("alice"), server.connect(), server.connect()
+    ends = time.monotonic() + 5
+    with contextlib.suppress(ConnectionError):       # after its BYE it may well be reset
+        while not trickling.buffer and time.monotonic() < ends:
+            trickling.sends(b"x")
+            trickling.sock.settimeout(0.1)
+            with contextlib.suppress(socket.timeout):
+                trickling.buffer += trickling.sock.recv(100)
+    assert re.fullmatch(b"BYE no JOIN within 1 seconds\n", trickling.buffer)
+    silent.hears_end("BYE no JOIN within 1 seconds")
+    silent.sock.close()
+    with pytest.raises(OSError):                     # one deadline for all of the farewell
+        while time.monotonic() < ends + 5:
+            trickling.sends(b"x")
+            time.sleep(0.02)
+    eventually(lambda: server.threads_now() == 2, "the threads to end")
+    alice.hears_nothing()                            # who has joined may stay
+
+
+def test_rule_10_slow_reader(start):
+    """One that stops reading is dropped after its 256 KiB; nobody waits for it."""
+    server = start(Server, "--rate", 0)
+    alice, bob, frozen = server.join("alice"), server.join("bob"), server.join("frozen", receive_buffer=4096)
+    alice.hears("JOINED bob", "JOINED frozen")
+    bob.hears("JOINED frozen")
+    before, unread = server.rss(), 0
+    while True:
+        alice.says(*[f"MSG {'x' * 1000}"] * 16)
+        started = time.monotonic()
+        heard = [bob.line() for _ in range(16)]
+        assert time.monotonic() - started < 0.25
+        unread += sum(map(len, heard))
+        if "LEFT frozen" in heard:
+            break
+        assert unread < 2 << 20, "it should have been dropped by now"
+    assert unread > 200 * 1024
+    alice.hears("LEFT frozen")
+    server.logs("dropped: it does not read")
+    assert server.rss() - before < 1024
+    heard = frozen.sock.recv(100)                    # what did fit arrives, then the connection ends
+    assert heard.startswith(b"JOINED") or heard.startswith(b"MSG alice xxx")
+
+
+def test_rule_10_slow_for_a_while(start):
+    """One that is merely behind gets it all: 200 KiB wait for it."""
+    server = start(Server, "--rate", 0)
+    alice, slow = server.join("alice"), server.join("slow", receive_buffer=4096)
+    alice.hears("JOINED slow")
+    alice.says(*(f"MSG {n} {'x' * 1000}" for n in range(200)))
+    alice.hears_nothing()                            # all of it has been handled
+    slow.hears(*(f"MSG alice {n} x+" for n in range(200)))
+
+
+class Conversation:
+    """Two people in a room who talk all the time. Leaving the `with` block checks how they fared:
+
+    nothing is lost, doubled, cut, out of order or later than 0.25 s, and nothing but the lines of
+    the protocol, without control characters, has come.
+    """
+
+    def __init__(self, server, names=("ann", "ben"), pause=0.02):
+        self.names, self.pause = names, pause
+        self.peers = {name: server.join(name) for name in names}
+        self.sent = {name: [] for name in names}                         # times
+        self.heard = {(name, other): [] for name in names for other in names if name != other}
+        self.strange, self.late, self.others = [], [], []
+        self.over = False
+        self.threads = [threading.Thread(target=self.live, args=(name,)) for name in names]
+
+    def live(self, name):
+        peer, due = self.peers[name], time.monotonic()
+        while not self.over or not self.complete(name) and time.monotonic() < self.over + PATIENCE:
+            if not self.over and time.monotonic() >= due:
+                self.sent[name].append(time.monotonic())
+                peer.says(f"MSG {len(self.sent[name]) - 1}")
+                due = time.monotonic() + self.pause
+            with contextlib.suppress(socket.timeout):
+                self.note(name, peer.line(0.01))
+
+    def note(self, name, line):
+        verb, other, *text = (line or "").split(" ", 2)
+        if verb == "MSG" and other in self.names:
+            number = len(self.heard[name, other])
+            self.heard[name, other].append(text[0])
+            delay = time.monotonic() - self.sent[other][number]
+            if delay > 0.25:
+                self.late.append((other, number, round(delay, 3)))
+        elif not re.fullmatch(r"(MSG|JOINED|LEFT) [\w-]{1,20}( .*)?", line or "END") or not line.isprintable():
+            self.strange.append(line)
+        else:
+            self.others.append(line)
+
+    def complete(self, name):
+        return all(len(self.heard[name, other]) >= len(self.sent[other]) for other in self.names if other != name)
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over = time.monotonic()
+        for thread in self.threads:
+            thread.join()
+        for (name, other), texts in self.heard.items():
+            assert texts == [str(n) for n in range(len(self.sent[other]))], f"{name} heard of {other}: {texts}"
+        assert not self.strange
+        assert not self.late
+
+
+GARBAGE = {
+    "http": b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n",
+    "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) * 2,
+    "irc": b"NICK x\r\nUSER x 0 * :x\r\nPRIVMSG #a :hi\r\nQUIT\r\n",
+    "telnet": b"\xff\xfb\x1f\xff\xfd\x03hello\r\n",
+    "nul": b"\0" * 3000 + b"\n",
+    "empty": b"\n" * 3000 + b"\r\n" * 1000,
+    "random": bytes((n * n * 7919 >> 5) & 255 for n in range(5000)) + b"\n",
+    "terminal": "MSG \x1b[2J\x1b]0;x\x07\r\x9b31m\u202e\n".encode(),
+}
+
+
+def test_garbage(start):
+    server = start(Server, "--rate", 100000)
+    with Conversation(server):
+        for joined in (b"", b"JOIN mallory\n"):
+            for garbage in GARBAGE.values():
+                peer = server.connect()
+                peer.sends(joined + garbage + b"\nROOMS\n")
+                peer.hears_sometime("ROOMS .*")
+                peer.leaves()
+    after(server, "ann", "ben")
+
+
+def after(server, *names):
+    """Nothing is left behind: those are here, each with a socket and a thread, and nobody else."""
+    peer = eventually(lambda: reaches(server, *names), "nobody else to be in the room")
+    peer.leaves()
+    people = len(names)
+    eventually(lambda: server.threads_now() == 1 + people, "the threads to end")
+    assert len(os.listdir(f"/proc/{server.popen.pid}/fd")) == 4 + people     # 0, 1, 2 and the listener
+    assert "Traceback" not in server.err
+
+
+def reaches(server, *names):
+    """Return a new peer, joined, if nobody but those names is in the one room; else None."""
+    peer = server.connect()
+    peer.says("JOIN witness", "ROOMS", "WHO")
+    lines = [peer.line() for _ in range(3)]
+    while not lines[-1].startswith("WHO"):
+        lines.append(peer.line())
+    if sorted(lines[-1].split()[1:]) == sorted([*names, "witness"]) and f"ROOMS lobby={len(names) + 1}" in lines:
+        return peer
+    peer.leaves()
+    return None
+
+
+def test_resets_at_any_moment(server):
+    with Conversation(server):
+        for n in range(120):
+            peer = server.connect()
+            peer.sends(b"JOIN mallory\nMSG hi\nWHO\n"[:n % 24])
+            peer.resets()
+    after(server, "ann", "ben")
+
+
+def test_600_connections_leave_no_trace(server):
+    def visit(times):
+        for n in range(times):
+            peer = Peer(server.port)
+            if n % 3:
+                peer.says("JOIN visitor")
+            (peer.resets if n % 2 else peer.sock.close)()
+        eventually(lambda: server.threads_now() == 1, "the threads to end")
+    visit(100)
+    before = server.rss()
+    visit(600)
+    assert server.rss() - before < 1024
+
+
+def test_few_file_descriptors(start):
+    import resource
+    server = start(Server, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12)))
+    alice = server.join("alice")
+    crowd = [server.connect() for _ in range(20)]
+    server.logs("cannot accept: ")
+    before = server.cpu()
+    time.sleep(1)                                    # what is measured is this second
+    assert server.cpu() - before < 0.3
+    for peer in crowd:
+        peer.sock.close()
+    bob = server.join("bob")
+    bob.says("MSG hi")
+    alice.hears("JOINED bob", "MSG bob hi")
+    assert server.close() == 0
+
+
+def test_few_threads(start):
+    """Where the system has no thread left a connection is closed, and the server goes on."""
+    import resource
+    server = start(Server, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (200 << 20, 200 << 20)))
+    alice = server.join("alice")
+    crowd = [server.connect() for _ in range(60)]
+    server.logs("start new thread|allocate")
+    for peer in crowd:
+        peer.sock.close()
+    eventually(lambda: server.threads_now() == 2, "the threads to end")
+    server.join("bob")
+    alice.hears("JOINED bob")
+
+
+def flood(peer, seconds, line=b"MSG " + b"x" * 60 + b"\n"):
+    """Send as fast as possible, and read what comes, for so many seconds."""
+    end = time.monotonic() + seconds
+    block = line * (8192 // len(line))
+    peer.sock.setblocking(False)
+    while time.monotonic() < end:
+        with contextlib.suppress(BlockingIOError):
+            peer.sock.send(block)
+        with contextlib.suppress(BlockingIOError):
+            assert peer.sock.recv(1 << 20), "a flooder was dropped"
+        time.sleep(0.005)
+
+
+def test_rule_11_flood(start):
+    rate = 65536
+    server = start(Server, "--rate", rate)
+    with Conversation(server) as conversation:
+        mallory = server.join("mallory")
+        started = time.monotonic()
+        flood(mallory, 2)
+        relayed = sum(len(line) for line in conversation.others if line.startswith("MSG mallory"))
+        relayed /= 2                                 # ann and ben both heard it
+        assert 0.5 * rate < relayed / (time.monotonic() - started) < 1.3 * rate * 76 / 64
+        mallory.sock.close()
+        # With the default rate this would be 20 s: 8 times as long.
+        eventually(lambda: "LEFT mallory" in conversation.others, "quiet", 20 * 8192 / rate)
+    after(server, "ann", "ben")
+
+
+def test_rule_11_nothing_of_a_flood_is_lost(start):
+    server = start(Server, "--rate", 200000)
+    alice, bob = server.join("alice"), server.join("bob")
+    alice.hears("JOINED bob")
+    threading.Thread(target=bob.says, args=[f"MSG {n} {'x' * 90}" for n in range(4000)], daemon=True).start()
+    started = time.monotonic()
+    alice.hears(*(f"MSG bob {n} x+" for n in range(4000)))
+    assert time.monotonic() - started > 4000 * 97 / 200000 * 0.8
+
+
+def test_thirty_flooders(server):
+    with Conversation(server) as conversation:
+        flooders = [server.join(f"flooder{n}") for n in range(30)]
+        threads = [threading.Thread(target=flood, args=(peer, 3)) for peer in flooders]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert "dropped" not in server.err and " left " not in server.err
+        for peer in flooders:
+            peer.resets()
+        eventually(lambda: sum(line.startswith("LEFT ") for line in conversation.others) == 2 * 30, "all to leave", 20)
+    after(server, "ann", "ben")
+
+
+def test_pasted_listing(server):
+    """500 lines at the default rate arrive whole within 8 s."""
+    alice, bob = server.join("alice"), server.join("bob")
+    alice.hears("JOINED bob")
+    listing = [f"    value[{n}] = compute({n})" for n in range(500)]
+    started = time.monotonic()
+    bob.says(*(f"MSG {line}" for line in listing))
+    alice.hears(*("MSG bob " + re.escape(line) for line in listing))
+    assert time.monotonic() - started < 8
+
+
+def test_requests_are_cheap(start):
+    """Requests that are not messages, as fast as the rate allows, hurt nobody either."""
+    server = start(Server)
+    with Conversation(server):
+        floods = {"renames": b"JOIN a\nJOIN b\n", "moves": b"JOIN c d\nJOIN c lobby\n", "who": b"WHO\n", "rooms": b"ROOMS\n", "guest": b"JOIN\n"}
+        peers = {name: server.connect() for name in floods}
+        for peer in peers.values():
+            peer.says("JOIN")
+        threads = [threading.Thread(target=flood, args=(peers[name], 2, floods[name])) for name in floods]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for peer in peers.values():
+            peer.resets()
+    after(server, "ann", "ben")
+
+
+def test_saboteurs(start):
+    """Three honest talkers among five saboteurs, for ten seconds."""
+    server = start(Server, "--rate", 65536)
+    over = time.monotonic() + 10
+
+    def sabotage(number):
+        n = number
+        while time.monotonic() < over:
+            peer = Peer(server.port)
+            with contextlib.suppress(ConnectionError, socket.timeout):
+                peer.says(f"JOIN mallory{n % 7}" if n % 3 else f"JOIN mallory{n % 7} cave{n % 4}")
+                peer.sends(list(GARBAGE.values())[n % len(GARBAGE)] if n % 4 == 0 else b"MSG spam\nWHO\nROOMS\n" * (n % 50))
+                for k in range(n % 9):
+                    peer.says(f"JOIN m{n % 5}_{k} cave{k % 3}", "MSG moved", f"JOIN m{n % 5}_{k} lobby", "MSG back")
+                if n % 5 == 1:
+                    peer.says("LEAVE")
+                if n % 5 == 2:
+                    peer.line(1)
+            (peer.resets if n % 2 else peer.sock.close)()
+            n += 5
+    with Conversation(server, ("ann", "ben", "cem")):
+        threads = [threading.Thread(target=sabotage, args=(number,)) for number in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    after(server, "ann", "ben", "cem")
+    assert server.close() == 0
+
+
+# ---- Starting and closing the server ------------------------------------------------------------
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_rule_12_closing_in_the_middle_of_it(start, signum):
+    """Flooders, one that does not read, one that has not joined, one that trickles: all that read get BYE."""
+    server = start(Server, "--rate", 30000)
+    alice, silent, frozen = server.join("alice"), server.connect(), server.join("frozen")
+    flooders = [server.join(f"flooder{n}") for n in range(5)]
+    last = {}
+
+    def live(peer):
+        tail = b""
+        peer.sock.setblocking(False)
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+                if peer is not alice and peer is not silent:
+                    peer.sock.send(b"MSG more\n" * 50)
+            try:
+                data = peer.sock.recv(65536)
+            except BlockingIOError:
+                time.sleep(0.002)
+                continue
+            if not data:
+                break
+            tail = last[peer] = (tail + data)[-100:]
+        peer.sock.close()
+    threads = [threading.Thread(target=live, args=(peer,)) for peer in (alice, silent, *flooders)]
+    for thread in threads:
+        thread.start()
+    frozen.sends(b"MSG more\n" * 3000)
+    eventually(lambda: b"MSG flooder" in last.get(alice, b""), "some traffic")
+    started = time.monotonic()
+    assert server.close(signum) == 0
+    assert time.monotonic() - started < 3
+    for thread in threads:
+        thread.join()
+    assert [tail.rpartition(b"\n")[0].rpartition(b"\n")[2] for tail in last.values()] == [b"BYE the server is closing"] * 7
+
+
+def test_closing_twice(server):
+    frozen = server.join("frozen")                   # never hangs up: the farewell would take 2 s
+    server.popen.send_signal(signal.SIGINT)
+    frozen.hears("BYE .*")
+    started = time.monotonic()
+    assert server.close() == -signal.SIGINT
+    assert time.monotonic() - started < 1
+    assert server.err.count("\n") < 10
+
+
+def test_closing_with_nobody_there(server):
+    assert server.close() == 0
+    assert server.err.splitlines()[-1].endswith("closed")
+
+
+def test_first_line_of_the_log(start):
+    server = start(Server, "--name", "Room 12\x1b[2J")
+    assert re.search(r"^\d\d:\d\d:\d\d main +Room 12\ufffd\[2J listening on 127\.0\.0\.1:\d+ .*--host", server.err)
+    peer = server.connect()
+    peer.says("JOIN ann")
+    assert "Room 12" in peer.hears("WELCOME lobby ann .*")
+
+
+def test_port_in_use(server, start):
+    second = start(Process, "server.py", server.port)
+    assert second.status() == 1
+    assert re.fullmatch(r"server.py: cannot listen on 127.0.0.1:\d+: the port is in use; .*\n", second.err)
+
+
+def test_host_that_is_not_ours(start):
+    for host in ("192.0.2.1", "no such host", "a..b"):
+        server = start(Process, "server.py", 0, "--host", host)
+        assert server.status() == 1
+        assert server.err.count("\n") == 1 and "--host" in server.err
+
+
+@pytest.mark.parametrize("arguments", [(), ("x",), (-1,), (65536,), (0, "--max-clients", 0), (0, "--max-clients", "x"), (0, "--rate", -1),
+                                       (0, "--name", ""), (0, "--name", " "), (0, "--host", ""), (0, "--no-such"), (0, 1)])
+def test_senseless_arguments(start, arguments):
+    server = start(Process, "server.py", *arguments)
+    assert server.status() == 2
+    assert server.err.startswith("usage: server.py ")
+    assert re.search(r"^server.py: error: .+$", server.err, re.M)
+
+
+# ---- How fast -----------------------------------------------------------------------------------
+
+def fan_out(server, clients, talkers, count, pause):
+    """Let each of `talkers` in turn say `count` messages to a room of `clients`; return figures.
+
+    One message is on its way at a time: the next is said when all have heard the last, and after
+    `pause` seconds. The delay of a message is the time until the last of the others has heard it.
+    """
+    peers = [server.join(f"p{n}") for n in range(clients)]
+    for peer in peers:
+        peer.says("WHO")
+        peer.hears_sometime("WHO .*")
+    delays, lost, started = [], 0, time.monotonic()
+    for n in range(count):
+        for talker in peers[:talkers]:
+            said = time.monotonic()
+            talker.says(f"MSG {n}")
+            lost += sum(not (peer.line() or "").endswith(f" {n}") for peer in peers if peer is not talker)
+            delays.append(time.monotonic() - said)
+            time.sleep(pause)
+    rate = len(delays) * (clients - 1) / sum(delays)
+    print(f"\n{clients} clients, {len(delays)} messages, pause {pause} s: {rate:,.0f} deliveries/s; delay until all have it: "
+          f"median {sorted(delays)[len(delays) // 2] * 1000:.2f} ms, worst {max(delays) * 1000:.2f} ms; lost: {lost}")
+    return lost
+
+
+def test_fan_out_as_fast_as_possible(start):
+    assert fan_out(start(Server, "--rate", 0), 50, 10, 50, 0) == 0
+
+
+def test_fan_out_at_the_default_rate(server):
+    assert fan_out(server, 50, 10, 10, 0.005) == 0

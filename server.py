@@ -249,7 +249,7 @@ class Client:
         self.write_log()
 
     def write_log(self):
-        """Log what has happened, now that the lock is free: to write to a terminal may take long."""
+        """Log what has happened, now that the lock is free: a terminal may make us wait."""
         for event in self.events:
             log.info(event)
         self.events.clear()

@@ -246,10 +246,12 @@ def test_scenario_in_the_log(server):
     alice = server.connect()
     alice.says("JOIN alice")
     alice.hears("WELCOME lobby alice .*Chatroom.*")
+    server.logs("alice joined lobby")                # the log is written when the lock is free again
     bob = server.connect()
     bob.says("JOIN bob")
     bob.hears("WELCOME lobby bob .*Chatroom.*")
     alice.hears("JOINED bob")
+    server.logs("bob joined lobby")
     bob.says("MSG hello")
     alice.hears("MSG bob hello")
     bob.leaves()
@@ -258,6 +260,7 @@ def test_scenario_in_the_log(server):
     alice.sock.close()
     server.logs("client-1 +thread ends")
     carol = server.join("carol")
+    server.logs("carol joined lobby")
     server.popen.send_signal(signal.SIGINT)
     carol.hears_end("BYE the server is closing")
     carol.sock.close()
@@ -372,11 +375,12 @@ def test_rule_2_guests(server):
     assert name != other
     first.hears(f"JOINED {other}")
     third = server.connect()
-    third.says("JOIN guest4", "JOIN guest3")
-    third.hears("WELCOME lobby guest4 .*", "WELCOME lobby guest3 .*")
-    fourth = server.connect()
-    fourth.says("JOIN")
-    assert fourth.hears(r"WELCOME lobby guest\d+ .*").split()[2] not in (name, other, "guest3")
+    free = [f"guest{n}" for n in range(1, 40) if f"guest{n}" not in (name, other)]
+    for taken in free[-30:]:                         # whichever it would pick next is taken now
+        server.join(taken, "den")
+    last = server.connect()
+    last.says("JOIN")
+    assert last.hears(r"WELCOME lobby guest\d+ .*").split()[2] not in (name, other, *free)
 
 
 def test_rule_3_moving(server):
@@ -525,6 +529,18 @@ def test_rule_8_leave_in_the_middle(server):
     heard = ["MSG bob 1", "MSG bob 2", "MSG bob 3", "LEFT bob", "JOINED rob", "MSG rob 4", "LEFT rob", "JOINED bob", "MSG bob 6"]
     alice.hears(*heard * 8, "MSG bob end", "LEFT bob")
     alice.hears_nothing()
+
+
+def test_rule_8_bye_arrives_behind_much_else(start):
+    """BYE is not lost to a reset when 200 KiB wait before it and we go on sending after LEAVE."""
+    server = start(Server, "--rate", 0)
+    alice, slow = server.join("alice"), server.join("slow", receive_buffer=4096)
+    alice.hears("JOINED slow")
+    alice.says(*(f"MSG {n} {'x' * 1000}" for n in range(200)))
+    alice.hears_nothing()
+    slow.says("LEAVE", *["MSG more"] * 5000)
+    alice.hears("LEFT slow")
+    slow.hears_end(*(f"MSG alice {n} x+" for n in range(200)), "BYE .*")
 
 
 def test_rule_9_max_clients(start):
@@ -733,14 +749,13 @@ def test_few_file_descriptors(start):
     crowd = [server.connect() for _ in range(20)]
     server.logs("cannot accept: ")
     before = server.cpu()
-    time.sleep(1)                                    # what is measured is this second
-    assert server.cpu() - before < 0.3
+    time.sleep(0.7)                                  # the time in which it is measured
+    assert server.cpu() - before < 0.2
     for peer in crowd:
         peer.sock.close()
     bob = server.join("bob")
     bob.says("MSG hi")
     alice.hears("JOINED bob", "MSG bob hi")
-    assert server.close() == 0
 
 
 def test_few_threads(start):
@@ -790,16 +805,16 @@ def test_rule_11_nothing_of_a_flood_is_lost(start):
     server = start(Server, "--rate", 200000)
     alice, bob = server.join("alice"), server.join("bob")
     alice.hears("JOINED bob")
-    threading.Thread(target=bob.says, args=[f"MSG {n} {'x' * 90}" for n in range(4000)], daemon=True).start()
+    threading.Thread(target=bob.says, args=[f"MSG {n} {'x' * 90}" for n in range(2000)], daemon=True).start()
     started = time.monotonic()
-    alice.hears(*(f"MSG bob {n} x+" for n in range(4000)))
-    assert time.monotonic() - started > 4000 * 97 / 200000 * 0.8
+    alice.hears(*(f"MSG bob {n} x+" for n in range(2000)))
+    assert time.monotonic() - started > 2000 * 97 / 200000 * 0.8
 
 
 def test_thirty_flooders(server):
     with Conversation(server) as conversation:
         flooders = [server.join(f"flooder{n}") for n in range(30)]
-        threads = [threading.Thread(target=flood, args=(peer, 3)) for peer in flooders]
+        threads = [threading.Thread(target=flood, args=(peer, 2)) for peer in flooders]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -830,7 +845,7 @@ def test_requests_are_cheap(start):
         peers = {name: server.connect() for name in floods}
         for peer in peers.values():
             peer.says("JOIN")
-        threads = [threading.Thread(target=flood, args=(peers[name], 2, floods[name])) for name in floods]
+        threads = [threading.Thread(target=flood, args=(peers[name], 1.5, floods[name])) for name in floods]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -841,9 +856,9 @@ def test_requests_are_cheap(start):
 
 
 def test_saboteurs(start):
-    """Three honest talkers among five saboteurs, for ten seconds."""
+    """Three honest talkers among five saboteurs, for six seconds. (Sixty have been tried.)"""
     server = start(Server, "--rate", 65536)
-    over = time.monotonic() + 10
+    over = time.monotonic() + 6
 
     def sabotage(number):
         n = number
@@ -867,13 +882,24 @@ def test_saboteurs(start):
         for thread in threads:
             thread.join()
     after(server, "ann", "ben", "cem")
-    assert server.close() == 0
 
 
 # ---- Starting and closing the server ------------------------------------------------------------
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_rule_12_closing_in_the_middle_of_it(start, signum):
+def test_rule_12_closing(server, signum):
+    alice, bob, silent = server.join("alice"), server.join("bob"), server.connect()
+    alice.hears("JOINED bob")
+    server.logs("thread client-3 starts")
+    server.popen.send_signal(signum)
+    for n, peer in enumerate((alice, bob, silent), 1):
+        peer.hears_end("BYE the server is closing")  # and no LEFT before it
+        peer.sock.close()
+        server.logs(f"client-{n} +thread ends after 0 messages: the server is closing")
+    assert server.status() == 0
+
+
+def test_rule_12_closing_in_the_middle_of_it(start):
     """Flooders, one that does not read, one that has not joined, one that trickles: all that read get BYE."""
     server = start(Server, "--rate", 30000)
     alice, silent, frozen = server.join("alice"), server.connect(), server.join("frozen")
@@ -903,7 +929,7 @@ def test_rule_12_closing_in_the_middle_of_it(start, signum):
     frozen.sends(b"MSG more\n" * 3000)
     eventually(lambda: b"MSG flooder" in last.get(alice, b""), "some traffic")
     started = time.monotonic()
-    assert server.close(signum) == 0
+    assert server.close() == 0
     assert time.monotonic() - started < 3
     for thread in threads:
         thread.join()

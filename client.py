@@ -11,10 +11,12 @@ import argparse
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+import time
 import unicodedata
 import zlib
 
@@ -27,13 +29,16 @@ MAX_TEXT = 1024 - len("MSG ")            # bytes of text that fit into one reque
 MAX_LINE = 64 * 1024                     # bytes of a line from the server that are kept
 CONNECT_SECONDS = 10                     # a server that has not answered by then is not there
 GOODBYE_SECONDS = 1                      # how long Ctrl-C waits for the server's BYE
+SEND_BUFFER = 64 * 1024                  # bytes that may wait to be sent; the kernel's 4 MiB would
+                                         # keep a server that reads slowly busy for minutes
+CAN_INTERRUPT = hasattr(signal, "pthread_kill")      # not on Windows
 
-# No control character may reach the terminal, whatever the server says. (It has the same table.)
+# What must not reach the terminal, whatever the server says; it has the same table.
 UNSAFE = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 SAFE_TEXT = {**dict.fromkeys(UNSAFE, "\ufffd"), ord("\t"): " "}
 
-# Colours of names, from the 256 of a terminal: those with a contrast of 4 or more to white and black.
-COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]
+DIM = 2                                  # how notices look; and names: in those of 256 colours
+COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]   # that can be read on white and on black
 
 HELP = """\
 /who        who is in this room?
@@ -45,156 +50,167 @@ HELP = """\
 
 
 class Terminal:
-    """Keyboard and screen: the main thread waits in ask(), the reader thread calls show()."""
+    """Keyboard and screen: the main thread waits in ask() while the reader thread calls show()."""
 
     def __init__(self):
+        sys.stdin = sys.stdin or open(os.devnull)            # None: closed by who started us
+        sys.stdout = sys.stdout or open(os.devnull, "w")
         sys.stdin.reconfigure(errors="replace")
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-        escape_codes = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        escape_codes = self.interactive and os.environ.get("TERM") != "dumb"
         self.colours = escape_codes and "NO_COLOR" not in os.environ
-        # libedit, which macOS calls readline too, does not say what has been typed so far.
-        gnu = readline and "libedit" not in readline.__doc__
-        self.redraws = bool(self.interactive and escape_codes and gnu)
-        self.prompt = None               # what stands on the screen, waiting for a line
-        self.lock = threading.Lock()     # one thread at a time writes to the screen
+        # libedit, which macOS calls readline, does not say what has been typed so far.
+        self.redraws = escape_codes and readline and "libedit" not in readline.__doc__
+        self.prompt = None               # the prompt that stands on the screen, if any
+        self.lock = threading.Lock()     # one thread writes to the screen at a time
         if self.redraws:
             readline.parse_and_bind("set enable-bracketed-paste off")    # a pasted line is a line
 
     def ask(self, prompt):
         """Return the next line typed (str). Raises EOFError and KeyboardInterrupt."""
-        def shown():
+        def prompt_is_shown():
             self.prompt = prompt
         if self.redraws:
-            readline.set_pre_input_hook(shown)       # is called when the prompt is on the screen
+            readline.set_pre_input_hook(prompt_is_shown)
         elif self.interactive:
-            shown()
+            prompt_is_shown()
         try:
             return input(prompt if self.interactive else "")
         except (EOFError, KeyboardInterrupt):
-            if self.interactive:
-                print()                              # leave the line of the prompt
+            print(end="\n" if self.interactive else "")      # leave the line of the prompt
             raise
         finally:
             self.prompt = None
 
-    def show(self, text):
-        """Print a line; a prompt and what has been typed behind it stand below it again."""
+    def show(self, *lines):
+        """Print lines (str); the prompt and what has been typed stand below them again."""
         with self.lock:
-            if self.prompt is None:
-                output = f"{text}\n"
-            elif self.redraws:
-                output = self.above_prompt(text, readline.get_line_buffer(), os.get_terminal_size().columns)
-            else:
-                output = f"\r{text}\n{self.prompt}"
-            sys.stdout.write(output)
-            sys.stdout.flush()
+            prompt, typed = self.pause_in_typing() if self.redraws else (self.prompt, "")
+            text = "".join(f"{line}\n" for line in lines)
+            if prompt and self.redraws:
+                text = above_prompt(text, prompt, typed)
+            elif prompt:
+                text = f"\r{text}{prompt}"
+            try:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            except OSError:              # see "Note on SIGPIPE" in the documentation of `signal`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                interrupt_main()         # nobody reads us any more: leave
 
-    def above_prompt(self, text, typed, columns):
-        """Return what prints `text` in the place of prompt and typed line, and these two below it."""
-        cursor = self.prompt + typed.encode()[:bytes_before_cursor()].decode(errors="ignore")
-        row, column = position(cursor, columns)
-        last_row, last_column = position(self.prompt + typed, columns)
-        return "".join((
-            f"\033[{row}A" if row else "", "\r\033[J", text, "\n", self.prompt, typed,
-            " \r" if last_row and not last_column else "",           # a full row: go to the next
-            f"\033[{last_row - row}A" if last_row > row else "", "\r", f"\033[{column}C" if column else ""))
+    def pause_in_typing(self):
+        """Return prompt and typed line as they stand on the screen; (None, ...) without a prompt.
 
-    def dim(self, text):
-        """Return `text` as a notice."""
-        return f"\033[2m{text}\033[0m" if self.colours else text
+        readline takes a key in first and draws it then, in the other thread. So look twice: what
+        has not changed for 10 ms is drawn. A short cut: a key in the next some 50 microseconds is
+        drawn in the wrong place, though sent rightly. (At ten keys a second: one message in 2000.)
+        """
+        while True:
+            seen = self.prompt, readline.get_line_buffer()
+            if not self.prompt:
+                return seen
+            time.sleep(0.01)
+            if seen == (self.prompt, readline.get_line_buffer()):
+                return seen
 
-    def coloured(self, name):
-        """Return `name` in the colour that is always its own."""
-        colour = COLOURS[zlib.crc32(name.casefold().encode()) % len(COLOURS)]
-        return f"\033[38;5;{colour}m{name}\033[0m" if self.colours else name
+    def styled(self, text, style):
+        """Return `text` with the codes that give it a style, where they are wanted."""
+        return f"\033[{style}m{text}\033[0m" if self.colours else text
+
+
+def above_prompt(text, prompt, typed):
+    """Return what prints `text` in the place of prompt and typed line, and these below it."""
+    columns = os.get_terminal_size().columns
+    row, column = position(prompt + before_cursor(typed), columns)
+    last_row, last_column = position(prompt + typed, columns)
+    return "".join((
+        f"\033[{row}A" if row else "", "\r\033[J", text, prompt, typed,
+        " \r" if last_row and not last_column else "",       # the row is full: go on to the next
+        f"\033[{last_row - row}A" if row < last_row else "",
+        "\r", f"\033[{column}C" if column else ""))
 
 
 def position(text, columns):
-    """Return row and column of the cursor (from 0) after `text` in a terminal of that width."""
+    """Return row and column, from 0, of the cursor behind `text` on a screen with `columns`."""
     row = column = 0
     for character in text:
-        if character == "\t":
-            width = 8 - column % 8
-        elif unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if unicodedata.category(character) in ("Mn", "Me", "Cf"):        # drawn over the one before
             width = 0
-        else:
-            width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        elif character == "\t":
+            width = 8 - column % 8
         if column + width > columns:
             row, column = row + 1, 0
         column += width
     return (row + 1, 0) if column == columns else (row, column)
 
 
-def bytes_before_cursor():
-    """Return how much of the typed line stands before the cursor; None (all) where that is not known.
-
-    GNU readline keeps it in `rl_point`, which Python's module does not offer.
-    """
+def before_cursor(typed):
+    """Return the typed line up to the cursor, which Python's `readline` does not tell: rl_point."""
     try:
-        return ctypes.c_int.in_dll(ctypes.CDLL(readline.__file__), "rl_point").value
-    except (AttributeError, OSError, ValueError):
-        return None
+        point = ctypes.c_int.in_dll(ctypes.CDLL(readline.__file__), "rl_point").value
+    except (AttributeError, OSError, ValueError):        # a Python that is built in another way
+        return typed
+    return typed.encode()[:point].decode("utf-8", "ignore")
 
 
 class Chat:
-    """The conversation: main sends what is typed in talk(), the reader thread shows in read() what comes.
+    """The conversation: main sends what is typed, the reader thread shows what the server says.
 
-    The threads share no more than the attributes below. The reader thread assigns them, each in one
-    step, and main only looks at them (all but `leaving`, where it is the other way round).
+    What the two share needs no lock, because each thing has one writer. Only main sends on the
+    socket, only the reader thread receives. The reader thread assigns `name`, `refusal` and `end`,
+    main assigns `leaving`, each in one step; the other only looks. (join() resets `refusal`, but
+    before it sends JOIN, and looks at it after `answered`.)
     """
 
     def __init__(self, sock, terminal):
         self.sock = sock
         self.terminal = terminal
-        self.name = None                     # who we are: what the last WELCOME said
-        self.refusal = None                  # what the last ERROR said
-        self.answered = threading.Event()    # set when either of them has come
+        self.name = None                     # who we are, as the last WELCOME said
+        self.refusal = None                  # the answer to JOIN: why not; "" is a welcome
+        self.answered = threading.Event()    # set when it has come
         self.end = None                      # (exit status, reason) when the connection has ended
-        self.leaving = False                 # main has sent LEAVE, and waits for the end
+        self.leaving = False                 # main waits for the end and need not be woken
         self.reader = threading.Thread(target=self.read, name="reader", daemon=True)
 
     # The main thread
 
     def run(self, name, room):
-        """Join, say what is typed, leave. Ends the process with an exit status."""
+        """Join, say what is typed, leave. Return the exit status and the reason (str)."""
         try:
             self.reader.start()
-            with contextlib.suppress(EOFError, OSError):     # OSError: cannot send; read() knows why
+            with contextlib.suppress(EOFError, OSError):     # OSError: cannot send
                 self.enter(name, room)
                 self.talk()
             self.leaving = True
             with contextlib.suppress(OSError):
                 self.send("LEAVE")
             self.reader.join()               # BYE comes when all that was said has been delivered
-        except KeyboardInterrupt:            # Ctrl-C, or the reader thread woke us
+        except KeyboardInterrupt:            # Ctrl-C, or the reader thread has woken us
+            signal.signal(signal.SIGINT, lambda *_: None)
             self.leaving = True
-        signal.signal(signal.SIGINT, lambda *_: None)        # too late to interrupt
-        if not self.end:                     # Ctrl-C, perhaps in the middle of a line: so no LEAVE
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):               # no LEAVE: Ctrl-C may have come
+                self.sock.shutdown(socket.SHUT_WR)           # in the middle of a line
             self.reader.join(GOODBYE_SECONDS)
-            self.end = (0, "you have left")
-        status, reason = self.end
-        if status:
-            sys.exit(f"client.py: {reason}")
-        self.terminal.show(self.terminal.dim(f"* {reason}"))
+        return self.end or (0, "you have left")
 
     def enter(self, name, room):
-        """Join under `name`, or as what is typed, until the server accepts it."""
+        """Join under `name`, or else as what is typed, until the server accepts it."""
         while not self.name and not self.end:
-            typed = self.terminal.ask("Your name: ").strip() if name is None else name
+            typed = self.terminal.ask("Your name: ") if name is None else name
+            typed = "_".join(typed.split())  # what follows a space would be a room
             self.join(typed, room if typed else None)
             if self.refusal and not self.terminal.interactive:
-                sys.exit(f"client.py: {self.refusal}")
+                sys.exit(f"client.py: {self.refusal}; start again with another --name")
             name = None
-        if room and not typed:               # a guest: the server takes no room without a name
+        if room and not typed:               # a guest: JOIN takes no room without a name
             self.join(self.name, room)
 
     def talk(self):
         """Say each line that is typed, or carry it out if it is a command."""
         while not self.end:
-            for line in self.terminal.ask("> ").split("\n"):
+            for line in self.terminal.ask("> ").split("\n"):     # Ctrl-V Ctrl-J types a newline
                 if line.startswith("/") and not line.startswith("//"):
                     self.command(*line.split())
                 else:
@@ -202,113 +218,118 @@ class Chat:
 
     def say(self, text):
         """Send `text` as MSG; in several, cut between characters, if it is longer than MAX_TEXT."""
-        data = text.encode("utf-8", "replace") if text.strip() else b""
-        start = 0
-        while start < len(data):
-            piece = data[start:start + MAX_TEXT].decode("utf-8", "ignore")   # ignores half a character
+        data = text.encode("utf-8", "replace")
+        while data.strip():
+            piece = data[:MAX_TEXT].decode("utf-8", "ignore")    # without half a character
             self.send(f"MSG {piece}")
-            start += len(piece.encode())
+            data = data[len(piece.encode()):]
 
     def command(self, command, *words):
         """Carry out a command with its arguments. Raises EOFError to leave."""
-        if command in ("/join", "/name") and len(words) != 1:
-            self.terminal.show(self.terminal.dim(f"* {command} wants one word: {command} {command[1:].upper()}"))
-        elif command == "/join":
+        if command == "/join" and len(words) == 1:
             self.join(self.name, words[0])
-        elif command == "/name":
+        elif command == "/name" and len(words) == 1:
             self.join(words[0])
         elif command == "/who":
             self.send("WHO")
         elif command == "/rooms":
             self.send("ROOMS")
-        elif command == "/help":
-            self.terminal.show(HELP)
         elif command == "/quit":
             raise EOFError
         else:
-            self.terminal.show(self.terminal.dim(
-                f"* no command {command}: there are /who, /rooms, /join, /name, /quit and /help"))
+            if command != "/help":
+                self.notice(f"not a command: {' '.join([command, *words])}; the commands are")
+            self.terminal.show(HELP)
 
     def join(self, name, room=None):
         """Send JOIN and wait for the answer, so that the next JOIN bears the right name."""
         self.refusal = None
         self.answered.clear()
-        self.send(" ".join(["JOIN", *filter(None, ["_".join(name.split()), room])]))
+        self.send(" ".join(filter(None, ["JOIN", name, room])))
         self.answered.wait()
 
-    def send(self, line):
+    def send(self, request):
         """Send one request (str). Raises OSError."""
-        self.sock.sendall(line.encode("utf-8", "replace") + b"\n")
+        self.sock.sendall(request.encode("utf-8", "replace") + b"\n")
+
+    def notice(self, text):
+        """Show a notice of our own."""
+        self.terminal.show(self.terminal.styled(f"* {text}", DIM))
 
     # The reader thread
 
     def read(self):
         """Show what the server says, until its BYE or the end of the connection; then wake main."""
-        end = (1, "connection lost: the server has gone")
-        try:
-            for line in lines(self.sock):
-                verb, _, rest = line.partition(" ")
-                if verb == "BYE":
-                    end = (0, "you have left" if self.leaving else rest or "the server said BYE")
-                    break
-                self.terminal.show(self.hear(verb, rest))
-                if verb in ("WELCOME", "ERROR"):
+        with contextlib.suppress(OSError):           # a reset is an end as well
+            for lines in received_lines(self.sock):
+                self.terminal.show(*filter(None, map(self.hear, lines)))
+                if self.refusal is not None:
                     self.answered.set()
-        except OSError as error:
-            end = (1, f"connection lost: {error.strerror}")
-        self.end = end
+                if self.end:
+                    break
+        self.end = self.end or (1, "connection lost; start again when the server is back")
         self.answered.set()
-        if not self.leaving and hasattr(signal, "pthread_kill"):
-            # Like Ctrl-C: it gets main out of input(), which puts the terminal back in order.
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        if not CAN_INTERRUPT:
+            self.notice(f"{self.end[1]}; press Enter")
         elif not self.leaving:
-            self.terminal.show(f"* {end[1]}; press Enter")       # Windows cannot interrupt input()
+            interrupt_main()
 
-    def hear(self, verb, rest):
-        """Return what to show (str) for a line from the server, and note who we are or what was refused."""
-        dim, coloured = self.terminal.dim, self.terminal.coloured
+    def hear(self, line):
+        """Return what to show (str or None) for a line from the server; note what it says of us."""
+        verb, _, rest = line.partition(" ")
         word, _, text = rest.partition(" ")
+        notice = f"? {line}"                 # unless it is one of these
         if verb == "MSG" and word:
-            return f"{coloured(word)}: {text}"
-        if verb in ("JOINED", "LEFT") and word:
-            return dim(f"* {word} {verb.lower()}")
+            colour = COLOURS[zlib.crc32(word.casefold().encode()) % len(COLOURS)]
+            return f"{self.terminal.styled(word, f'38;5;{colour}')}: {text}"
+        if verb == "BYE":
+            self.end = (0, "you have left" if self.leaving else rest or "the server said BYE")
+            return None                      # main shows it, when the prompt has gone
         if verb == "WELCOME" and text:
             self.name, _, greeting = text.partition(" ")
-            return dim(f"* {greeting} You are {self.name} in {word}.")
-        if verb == "ERROR":
+            self.refusal = ""
+            notice = f"* {greeting} You are {self.name} in {word}."
+        elif verb == "ERROR":
             self.refusal = rest or "refused"
-            return dim(f"! {self.refusal}")
-        if verb == "WHO":
-            return dim(f"* in this room: {rest.replace(' ', ', ')}")
-        if verb == "ROOMS":
-            rooms = [f"{name} with {count}" for name, _, count in (room.partition("=") for room in rest.split())]
-            return dim(f"* rooms: {', '.join(rooms) or 'none'}")
-        return dim(f"? {verb} {rest}")
+            notice = f"! {self.refusal}"
+        elif verb in ("JOINED", "LEFT") and word:
+            notice = f"* {word} {verb.lower()}"
+        elif verb == "WHO" and word:
+            notice = "* in this room: " + ", ".join(rest.split())
+        elif verb == "ROOMS":
+            notice = "* rooms: " + (", ".join(rest.split()).replace("=", " with ") or "none")
+        return self.terminal.styled(notice, DIM)
 
 
-def lines(sock):
-    """Yield each line (str, safe to show) that comes from the socket. Raises OSError.
+def received_lines(sock):
+    """Yield lists of lines (str, safe to show): those that come together. Raises OSError.
 
-    Of a line longer than MAX_LINE bytes a notice is given and nothing kept; one that the end of the
+    Of a line longer than MAX_LINE a notice is given and nothing kept; one that the end of the
     connection cuts off is dropped.
     """
     unfinished, skipping = b"", False
-    for data in iter(lambda: sock.recv(4096), b""):
-        *whole, unfinished = (unfinished + data).split(b"\n")
-        for line in whole:
-            if not skipping:
-                yield line.decode("utf-8", "replace").rstrip("\r").translate(SAFE_TEXT)
+    for data in iter(lambda: sock.recv(MAX_LINE), b""):
+        *lines, unfinished = (unfinished + data).split(b"\n")
+        if skipping and lines:
             skipping = False
+            del lines[0]                     # the end of the line that is too long
         if len(unfinished) > MAX_LINE and not skipping:
             skipping = True
-            yield "ERROR the server sent a line that is too long; it is not shown"
+            lines.append(b"a line that is too long has been left out")
         if skipping:
             unfinished = b""
+        yield [line.decode("utf-8", "replace").rstrip("\r").translate(SAFE_TEXT) for line in lines]
+
+
+def interrupt_main():
+    """Do as Ctrl-C does: end input() in the main thread; readline leaves the terminal in order."""
+    if CAN_INTERRUPT:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 def parse_arguments():
-    """Return the command line's options; exit with status 2 and a usage line if it makes no sense."""
-    parser = argparse.ArgumentParser(description="A chatroom client. While you chat, /help lists the commands.")
+    """Return the command line's options; status 2 and a usage line if it makes no sense."""
+    parser = argparse.ArgumentParser(description="A chatroom client. Type /help for its commands.")
     parser.add_argument("host", help="address of the server, 127.0.0.1 for this machine")
     parser.add_argument("port", type=int, help="the server's port")
     parser.add_argument("--name", help="your name; asked for if not given")
@@ -318,34 +339,35 @@ def parse_arguments():
         parser.error("the port is a number from 1 to 65535")
     if options.name is not None and not options.name.strip():
         parser.error("--name must not be empty")
-    if options.room is not None and len(options.room.split()) != 1:
-        parser.error("--room is one word")
+    if options.room is not None and not re.fullmatch(r"[\w-]{1,20}", options.room):
+        parser.error("--room is 1 to 20 letters, digits, _ or -")
     return options
 
 
 def connect(host, port):
-    """Return a connected socket; ends the process with status 1 where that is not possible."""
+    """Return a connected socket; end the process with status 1 where that is not possible."""
     try:
         sock = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
-    except ConnectionRefusedError:
-        sys.exit(f"client.py: no server at {host}:{port}; start it, or check the port")
-    except socket.timeout:
-        sys.exit(f"client.py: {host}:{port} does not answer; check the address, and the firewall there")
-    except (OSError, UnicodeError) as error:
-        sys.exit(f"client.py: cannot connect to {host}:{port}: {error}; check the address")
+    except (OSError, UnicodeError) as error:         # UnicodeError: not even a host name
+        sys.exit(f"client.py: cannot connect to {host}:{port}: {error}; "
+                 "is the server running, are address and port right?")
     sock.settimeout(None)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # send each line at once
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     return sock
 
 
 def main():
-    """Run the client. Exit status: 0 when one left or the server said BYE, 1 when there is no connection."""
+    """Run the client. Exit status: 0 if one left or the server said BYE, 1 without a connection."""
     options = parse_arguments()
     try:
         chat = Chat(connect(options.host, options.port), Terminal())
-        chat.run(options.name, options.room)
-    except KeyboardInterrupt:            # before there was anything to leave
-        pass
+        status, reason = chat.run(options.name, options.room)
+    except KeyboardInterrupt:                        # before there was anything to leave
+        sys.exit(0)
+    if status:
+        sys.exit(f"client.py: {reason}")
+    with contextlib.suppress(OSError):
+        chat.notice(reason)
 
 
 if __name__ == "__main__":

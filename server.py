@@ -103,7 +103,7 @@ class Client:
 
     def serve(self):
         """Read and carry out requests until the client leaves. Runs in a thread of its own."""
-        chunk = min(CHUNK, options.rate // 8 + 1) if options.rate else CHUNK
+        chunk = min(CHUNK, options.rate // 8 + 1) if options.rate else CHUNK    # 1/8 s of the rate
         ended = "end of file"
         try:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # do not wait for more
@@ -442,6 +442,8 @@ def parse_arguments():
 def main():
     """Run the server. Exit status: 0 when it was closed, 1 when it cannot listen."""
     parse_arguments()
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     threading.current_thread().name = "main"
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(threadName)-9s %(message)s",
                         datefmt="%H:%M:%S")
@@ -454,8 +456,6 @@ def main():
         sys.exit(f"server.py: cannot listen on {options.host}:{options.port}: {hint}")
     if options.trace:
         trace_everything()
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     log.info("%s listening on %s:%d (%s)", options.name, *listener.getsockname()[:2],
              "this machine only; --host 0.0.0.0 opens it to the classroom"
              if options.host == "127.0.0.1" else "clients need this machine's address")

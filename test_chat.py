@@ -7,14 +7,20 @@ A test starts a server of its own on a free port, and reads like the protocol:
 `alice.says("MSG hi")`, `bob.hears("MSG alice hi")`. Waiting has a deadline, never a fixed length.
 """
 import contextlib
+import fcntl
 import os
+import pty
 import re
+import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -743,7 +749,6 @@ def test_600_connections_leave_no_trace(server):
 
 
 def test_few_file_descriptors(start):
-    import resource
     server = start(Server, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12)))
     alice = server.join("alice")
     crowd = [server.connect() for _ in range(20)]
@@ -760,7 +765,6 @@ def test_few_file_descriptors(start):
 
 def test_few_threads(start):
     """Where the system has no thread left a connection is closed, and the server goes on."""
-    import resource
     server = start(Server, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (200 << 20, 200 << 20)))
     alice = server.join("alice")
     crowd = [server.connect() for _ in range(60)]
@@ -979,6 +983,481 @@ def test_senseless_arguments(start, arguments):
     assert server.status() == 2
     assert server.err.startswith("usage: server.py ")
     assert re.search(r"^server.py: error: .+$", server.err, re.M)
+
+
+# ---- The client, and what a person sees of it ---------------------------------------------------
+
+def screen(output, columns):
+    """Return what a terminal so many columns wide shows: its lines (list of str), row and column.
+
+    It has all the rows it needs, so nothing scrolls away. It knows what readline and the client use.
+    """
+    rows, row, column = [[]], 0, 0
+    output = re.sub(r"\033(\[[?0-9;]*)?$", "", output)        # a code whose end is still to come
+    for token in re.findall(r"\033\[[?0-9;]*[a-zA-Z@]|\033.|[^\033]", output, re.DOTALL):
+        number = int(re.sub(r"\D", "", token.split(";")[0]) or 0)
+        row, column = {"\r": (row, 0), "\n": (row + 1, column)}.get(token, (row, column))
+        column = min(column, columns - 1) if token == "\b" or token[0] == "\033" and token[-1] != "m" else column
+        line = rows[row] if row < len(rows) else rows.append([]) or rows[row]
+        if token == "\b" or token.startswith("\033[") and token[-1] == "D":
+            column = max(0, column - max(1, number))
+        elif token[0] == "\033":
+            line += " " * (column - len(line))
+            if token[-1] == "A":
+                row = max(0, row - max(1, number))
+            elif token[-1] == "B":
+                row += max(1, number)
+            elif token[-1] == "C":
+                column = min(columns - 1, column + max(1, number))
+            elif token[-1] in "KJ":
+                assert number == 0, f"unknown: {token!r}"
+                del line[column:]
+                if token[-1] == "J":
+                    del rows[row + 1:]
+            elif token[-1] == "P":
+                del line[column:column + max(1, number)]
+            elif token[-1] == "@":
+                line[column:column] = " " * max(1, number)
+            else:
+                assert token[-1] in "mhl", f"unknown: {token!r}"
+        elif unicodedata.combining(token):
+            line[column - 1] += token
+        elif token >= " ":
+            width = 2 if unicodedata.east_asian_width(token) in "WF" else 1
+            if column + width > columns:                     # the last column was full: autowrap
+                row, column = row + 1, 0
+                line = rows[row] if row < len(rows) else rows.append([]) or rows[row]
+            line += " " * (column - len(line))
+            line[column:column + width] = [token, ""][:width]
+            column += width
+        while row >= len(rows):
+            rows.append([])
+    return ["".join(line).rstrip() for line in rows], row, column
+
+
+class Person(Process):
+    """client.py under a person's hands and eyes: keys go to a terminal, `sees` looks at it."""
+
+    def __init__(self, port, *arguments, columns=40, script=HERE / "client.py", **environment):
+        self.columns = columns
+        self.keyboard, self.tty = pty.openpty()
+        fcntl.ioctl(self.tty, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.modes = termios.tcgetattr(self.tty)
+        environment = {**os.environ, "TERM": "xterm-256color", "INPUTRC": os.devnull, **environment}
+        self.popen = subprocess.Popen(
+            [sys.executable, str(script), "127.0.0.1", str(port), *arguments],
+            stdin=self.tty, stdout=self.tty, stderr=subprocess.PIPE, env=environment,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        self.collected = {"out": b"", "err": b""}
+        self.threads = [threading.Thread(target=self.collect, args=("err", self.popen.stderr), daemon=True)]
+        self.eyes = threading.Thread(target=self.look, daemon=True)
+        for thread in (*self.threads, self.eyes):
+            thread.start()
+
+    def look(self):
+        with contextlib.suppress(OSError):                   # EIO: the terminal has been closed
+            while True:
+                self.collected["out"] += os.read(self.keyboard, 65536)
+
+    def type(self, keys):
+        os.write(self.keyboard, keys.encode())
+
+    def sees(self, *lines, cursor=None, seconds=PATIENCE):
+        """The last lines on the screen become these; the cursor stands `cursor` columns from the left."""
+        def seen():
+            return screen(self.collected["out"].decode(errors="ignore"), self.columns)
+
+        def as_expected():
+            shown, _, column = seen()
+            while shown and not shown[-1]:
+                shown.pop()
+            return shown[-len(lines):] == list(lines) and cursor in (None, column)
+        try:
+            eventually(as_expected, seconds=seconds)
+        except AssertionError:
+            raise AssertionError(f"{lines}, cursor {cursor}; but saw {seen()}") from None
+
+    def leaves_terminal_as_it_was(self):
+        return termios.tcgetattr(self.tty) == self.modes
+
+    def resize(self, columns):
+        self.columns = columns
+        fcntl.ioctl(self.keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    def stop(self):
+        super().stop()
+        os.close(self.tty)
+        self.eyes.join(PATIENCE)
+        os.close(self.keyboard)
+
+
+class Liar:
+    """A server that sends whatever we like."""
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(PATIENCE)
+        self.port = self.listener.getsockname()[1]
+        self.popen = self
+
+    def accepts(self, data=b""):
+        self.sock, _ = self.listener.accept()
+        self.sock.settimeout(PATIENCE)
+        self.sock.sendall(data)
+        return self.sock
+
+    def stop(self):
+        self.listener.close()
+        if hasattr(self, "sock"):
+            self.sock.close()
+
+
+@pytest.fixture
+def liar(start):
+    return start(Liar)
+
+
+@pytest.fixture
+def run(start):
+    """run(server, ..., typed=str) is client(...) that is stopped after the test."""
+    return lambda *arguments, **more: start(client, *arguments, **more)
+
+
+# ---- Through pipes ------------------------------------------------------------------------------
+
+def test_client_in_pipes_says_and_shows(server, run, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)    # would hide that a flush is missing
+    bob = server.join("bob")
+    robot = run(server, "--name", "robot")
+    bob.hears("JOINED robot")
+    bob.says("MSG good morning")
+    eventually(lambda: "bob: good morning\n" in robot.out, "a line, flushed at once")
+    carol = server.join("carol")
+    carol.leaves()
+    eventually(lambda: "* carol joined\n* carol left\n" in robot.out)
+    robot.type("hello\n  two  spaces\n//who?\n\n")
+    bob.hears("JOINED carol", "LEFT carol", "MSG robot hello", "MSG robot   two  spaces", "MSG robot /who[?]")
+    robot.popen.stdin.close()
+    bob.hears("LEFT robot")
+    assert robot.status() == 0
+    assert robot.out == ("* Welcome to Chatroom, robot! You are robot in lobby.\nbob: good morning\n"
+                         "* carol joined\n* carol left\n* you have left\n")
+    assert robot.err == ""
+
+
+def test_client_commands(server, run):
+    bob = server.join("bob")
+    ann = run(server, "--room", "tea", typed="ann\n/who\n/rooms\n/dance now\n/join\n/name Anna\n/join LOBBY\n"
+              "/who\n/help\n/dance\nhello\n/quit\nnever said\n")
+    assert ann.status() == 0
+    bob.hears("JOINED Anna", "MSG Anna hello", "LEFT Anna")
+    bob.hears_nothing()
+    for shown in ("* in this room: ann\n", "* rooms: lobby with 1, tea with 1\n", "not a command: /dance now;",
+                  "not a command: /join;", "You are Anna in tea.\n", "You are Anna in lobby.\n",
+                  "* in this room: bob, Anna\n", "/rooms      which rooms"):
+        assert ann.out.count(shown) == 1 or shown[0] == "/", (shown, ann.out)
+
+
+@pytest.mark.parametrize("arguments, room", [((), "lobby"), (("--room", "tea"), "tea")])
+def test_client_without_a_name_is_a_guest(server, run, arguments, room):
+    guest = run(server, *arguments, typed="\n")
+    assert guest.status() == 0 and f"You are guest1 in {room}.\n" in guest.out, guest.out
+
+
+def test_client_delivers_all_that_was_typed(start, run):
+    server = start(Server, "--rate", 0)
+    bob = server.join("bob")
+    long = "".join(f"{number} é日😀 " for number in range(2000))
+    lines = [f"line {number}" for number in range(2000)]
+    robot = run(server, typed="\n".join(["robot", *lines[:1000], long, *lines[1000:]]))
+    bob.hears("JOINED robot", *(f"MSG robot {line}" for line in lines[:1000]))
+    heard = ""
+    while len(heard) < len(long):
+        line = bob.line()
+        assert len(line.encode()) <= len("MSG robot ") + 1020
+        heard += line[len("MSG robot "):]
+    assert heard == long
+    bob.hears(*(f"MSG robot {line}" for line in lines[1000:]), "LEFT robot")
+    assert robot.status() == 0
+
+
+def test_client_shows_all_that_is_said(start, run):
+    server = start(Server, "--rate", 0)
+    bob = server.join("bob")
+    robot = run(server, "--name", "robot")
+    bob.hears("JOINED robot")
+    bob.says(*(f"MSG line {number}" for number in range(3000)), "LEAVE")
+    eventually(lambda: "bob left" in robot.out)
+    assert re.findall("bob: line (.*)\n", robot.out) == [str(number) for number in range(3000)]
+
+
+def test_client_whose_name_is_refused(server, run):
+    server.join("bob")
+    for typed, arguments in (("bob\nhello\n", ()), ("hello\n", ("--name", "b!"))):
+        robot = run(server, *arguments, typed=typed)
+        assert robot.status() == 1
+        assert re.fullmatch(r"client.py: .*(bob is taken|20 letters).*--name\n", robot.err)
+
+
+def test_client_arguments_without_sense(start):
+    cases = ["127.0.0.1", "127.0.0.1 0", "127.0.0.1 65536", "127.0.0.1 x", "127.0.0.1 1 --name=",
+             "127.0.0.1 1 --room=", "127.0.0.1 1 --room=a,b"]
+    for process in [start(Process, "client.py", *case.split()) for case in cases]:
+        assert process.status() == 2 and process.err.startswith("usage: ") and not process.out
+
+
+def test_client_without_a_server(start):
+    with socket.socket() as bound:                           # bound, but not listening
+        bound.bind(("127.0.0.1", 0))
+        cases = [("127.0.0.1", bound.getsockname()[1]), ("no.such.host.invalid", 1), ("x" * 70, 1)]
+        for process in [start(Process, "client.py", *case) for case in cases]:
+            assert process.status() == 1
+            assert re.fullmatch(r"client.py: cannot connect to .*address.*\n", process.err)
+
+
+def test_client_gives_up_on_a_host_that_does_not_answer(start, tmp_path):
+    script = edited(tmp_path, "client.py", ("CONNECT_SECONDS = 10 ", "CONNECT_SECONDS = 0.5 "))
+    with socket.socket() as silent, socket.socket() as first, socket.socket() as second:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        for sock in (first, second):                         # fill the queue
+            sock.setblocking(False)
+            sock.connect_ex(silent.getsockname())
+        process = start(Process, script, *silent.getsockname())
+        assert process.status(5) == 1
+        assert re.fullmatch(r"client.py: cannot connect to .*timed out.*\n", process.err)
+
+
+def test_client_whose_output_nobody_reads(server, start):
+    reading, writing = os.pipe()
+    os.close(reading)
+    bob = server.join("bob")
+    with subprocess.Popen([sys.executable, HERE / "client.py", "127.0.0.1", str(server.port), "--name", "ann"],
+                          stdin=subprocess.PIPE, stdout=writing, stderr=subprocess.PIPE) as robot:
+        os.close(writing)
+        bob.hears("JOINED ann", "LEFT ann")
+        assert robot.wait(PATIENCE) == 0 and not robot.stderr.read()
+
+
+def test_client_without_standard_input_and_output(server, start):
+    with_nothing = start(Process, "-c", "import os, sys; os.close(0); os.close(1); os.execv(sys.executable, "
+                         f"[sys.executable, 'client.py', '127.0.0.1', '{server.port}', '--name', 'x'])")
+    assert with_nothing.status() == 0 and with_nothing.err == ""
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 0), (signal.SIGKILL, 1)])
+def test_client_in_pipes_when_the_server_ends(server, run, signum, status):
+    robot = run(server, "--name", "robot")
+    eventually(lambda: "You are robot" in robot.out)
+    server.popen.send_signal(signum)
+    assert robot.status(1 if signum == signal.SIGKILL else PATIENCE) == status
+    assert robot.out.endswith("* the server is closing\n") if status == 0 else robot.err.startswith("client.py: connection lost")
+
+
+def test_client_when_the_connection_is_reset(liar, start):
+    ann = start(Person, liar.port, "--name", "ann")
+    sock = liar.accepts(b"WELCOME r ann hi\n")
+    ann.sees("* hi You are ann in r.", ">")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+    assert ann.status(3) == 1 and ann.err.startswith("client.py: connection lost")
+    assert ann.leaves_terminal_as_it_was()
+
+
+# ---- Lies ---------------------------------------------------------------------------------------
+
+LIES = (b"\033[2J\033]0;owned\007 MSG\nMSG \033[31mred \r\033[Kboo\x9b1m\nMSG\nMSG \nMSG x\n\n \nJOINED\nLEFT \nWHO\nROOMS\n"
+        b"ROOMS = a==b\nWELCOME\nWELCOME x\nERROR\nHELLO w\xc3\xb6rld\xff\xfe\xc3\n\0\0\nMSG a \xe2\x80\xaeb\xe2\x80\xa8\x7f\tc\r\n")
+
+
+def test_client_and_a_server_that_lies(liar, start):
+    ann = start(Person, liar.port, "--name", "ann", columns=200)
+    liar.accepts(LIES + b"BYE\033[2J\nBYE \033[3J\n")
+    assert ann.status() == 0 and ann.leaves_terminal_as_it_was()
+    shown = re.sub(r"\033\[(\d|38;5;\d+)m", "", ann.out)
+    assert not re.findall("[\0-\7\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u2028\u202e]|\033(?!\\[[JKA])", shown), shown
+    assert "? HELLO wörld\ufffd\ufffd\ufffd" in shown and "a: \ufffdb\ufffd\ufffd c" in shown
+    assert "\033[2J" not in shown and "\033[31m" not in shown
+
+
+def test_client_and_a_line_without_end(liar, run):
+    robot = run(liar, "--name", "robot")
+    sock = liar.accepts(b"WELCOME r robot hi\n")
+    eventually(lambda: "You are robot" in robot.out)
+    for _ in range(32):
+        sock.sendall(b"MSG " + b"x" * 256 * 1024)
+    eventually(lambda: "too long" in robot.out)
+    memory = Path(f"/proc/{robot.popen.pid}/status").read_text()
+    assert int(re.search(r"VmHWM:\s+(\d+)", memory).group(1)) < 24 * 1024, memory       # KiB
+    sock.sendall(b"\nMSG bob " + b"y" * 60000 + b"\nMSG bob short\nMSG bob cut o")
+    sock.shutdown(socket.SHUT_WR)
+    assert robot.status() == 1
+    assert robot.out.endswith("bob: " + "y" * 60000 + "\nbob: short\n") and "x" not in robot.out
+    assert robot.out.count("too long") == 1 and robot.err.startswith("client.py: connection lost")
+
+
+# ---- At a terminal ------------------------------------------------------------------------------
+
+def test_client_at_a_terminal(server, start):
+    bob = server.join("bob")
+    ann = start(Person, server.port)
+    ann.sees("Your name:")
+    ann.type("bob\r")
+    ann.sees("Your name: bob", "! the name bob is taken", "Your name:")
+    ann.type("b o!b\r")
+    eventually(lambda: "20 letters" in ann.out)
+    ann.sees("Your name:")
+    ann.type("ann\r")
+    ann.sees("in lobby.", ">", cursor=2)
+    bob.hears("JOINED ann")
+    ann.type("hallo")
+    ann.sees("> hallo", cursor=7)
+    bob.says("MSG hi")
+    ann.sees("bob: hi", "> hallo", cursor=7)
+    ann.type("\033[D\033[D\033[D\x7fe")                      # three to the left, correct the a
+    ann.sees("bob: hi", "> hello", cursor=4)
+    bob.says("MSG how are you?")
+    ann.sees("bob: hi", "bob: how are you?", "> hello", cursor=4)
+    ann.type("\r")
+    bob.hears("MSG ann hello")
+    ann.sees("bob: how are you?", "> hello", ">")
+    ann.type("\033[A\033[A\033[B, bob\r")                    # up, up, down: hello, from the history
+    bob.hears("MSG ann hello, bob")
+    bob.hears_nothing()
+
+
+def test_client_keeps_what_is_being_typed(start):
+    server = start(Server, "--rate", 0)
+    bob = server.join("bob")
+    ann = start(Person, server.port, "--name", "ann")
+    ann.sees("in lobby.", ">")
+    bob.hears("JOINED ann")
+    for typed in ("x" * 37, "x" * 38, "x" * 39, "x" * 77, "x" * 78, "x" * 79, "日本語" * 6 + "x", "日" * 19,
+                  "x" + "日" * 19, "😀" * 40, "é" * 40, "שלום " * 9):
+        ann.type(typed)
+        lines, _, column = screen("> " + typed, ann.columns)
+        column %= ann.columns                                # readline goes on to the next row
+        for number in range(3):
+            ann.sees(*(f"bob: {n}" for n in range(number)), *lines, cursor=column)
+            bob.says(f"MSG {number}")
+        ann.type("\033[D" * 5)
+        bob.says("MSG moved")
+        ann.sees("bob: 2", "bob: moved", *lines)
+        ann.type("\033[C" * 5)
+        ann.sees("bob: 2", "bob: moved", *lines, cursor=column)
+        ann.type("\033[D!\r")
+        bob.hears(f"MSG ann {typed[:-1]}!{typed[-1]}")
+        ann.sees(">", cursor=2)                              # before that, the system echoes keys
+
+
+def test_client_twenty_messages_while_one_is_typed(start):
+    server = start(Server, "--rate", 0)
+    bob = server.join("bob")
+    ann = start(Person, server.port, "--name", "ann")
+    ann.sees("in lobby.", ">")
+    bob.hears("JOINED ann")
+    text = "The quick brown fox jumps over the lazy dog, and then once more."
+    for number in range(20):
+        ann.type(text[3 * number:3 * number + 3])
+        bob.says(f"MSG {number}")
+    ann.type(text[60:])
+    ann.sees(*(f"bob: {number}" for number in range(20)), *screen("> " + text, 40)[0])
+    ann.resize(60)
+    bob.says("MSG wider")
+    ann.type("\r")
+    bob.hears(f"MSG ann {text}")
+    assert "\033[?2004h" not in ann.out                      # bracketed paste would make it one line
+    ann.type("".join(f"pasted {number}\r" for number in range(50)))
+    bob.hears(*(f"MSG ann pasted {number}" for number in range(50)))
+
+
+def test_client_colours(server, start, run):
+    ann = start(Person, server.port, "--name", "ann", columns=80)
+    plain = [start(Person, server.port, "--name", "p1", columns=80, NO_COLOR=""),
+             start(Person, server.port, "--name", "p2", columns=80, TERM="dumb"), run(server, "--name", "p3")]
+    for person in (ann, *plain):
+        eventually(lambda: "You are" in person.out)
+    bob, carol = server.join("bob"), server.join("carol")
+    bob.says("MSG one")
+    carol.says("MSG two")
+    bob.says("MSG three")
+    for person in (ann, *plain):
+        eventually(lambda: all(number in person.out for number in ("one", "two", "three")))
+    assert "\033[2m* bob joined\033[0m" in ann.out
+    colours = dict(re.findall(r"(\w+)\033\[0m: (?:one|two)", ann.out) and
+                   [(name, colour) for colour, name in re.findall(r"\033\[38;5;(\d+)m(\w+)\033\[0m: (?:one|two)", ann.out)])
+    assert colours["bob"] != colours["carol"] and f"\033[38;5;{colours['bob']}mbob\033[0m: three" in ann.out
+    for person in plain:
+        assert not re.search(r"\033\[[0-9;]*m", person.out)
+    for person in plain[1:]:
+        assert "\033" not in person.out
+
+
+def test_client_with_a_simple_terminal_loses_nothing(server, start):
+    bob = server.join("bob")
+    ann = start(Person, server.port, "--name", "ann", TERM="dumb")
+    ann.sees("in lobby.", ">")
+    bob.hears("JOINED ann")
+    ann.type("hel")
+    ann.sees("> hel")
+    bob.says("MSG hi")
+    ann.sees("bob: hi", ">")
+    ann.type("lo\r")
+    bob.hears("MSG ann hello")
+
+
+@pytest.mark.parametrize("keys", ["/quit\r", "\x04", "\x03", "half a line\x03"], ids=ascii)
+def test_client_leaves(server, start, keys):
+    bob = server.join("bob")
+    ann = start(Person, server.port, "--name", "ann")
+    ann.sees("in lobby.", ">")
+    ann.type(keys)
+    assert ann.status() == 0 and ann.err == "" and ann.leaves_terminal_as_it_was()
+    bob.hears("JOINED ann", "LEFT ann")
+    bob.hears_nothing()
+
+
+@pytest.mark.parametrize("key", ["\x04", "\x03"], ids=ascii)
+@pytest.mark.parametrize("asked", ["at once", "again"])
+def test_client_leaves_when_asked_for_its_name(server, start, key, asked):
+    server.join("bob")
+    ann = start(Person, server.port, *(["--name", "bob"] if asked == "again" else []))
+    ann.sees("Your name:")
+    ann.type(key)
+    assert ann.status() == 0 and ann.err == "" and ann.leaves_terminal_as_it_was()
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 0), (signal.SIGKILL, 1)])
+@pytest.mark.parametrize("arguments, keys, prompt", [(["--name", "ann"], "half a line", "> half a line"),
+                                                     ([], "an", "Your name: an")])
+def test_client_at_a_terminal_when_the_server_ends(server, start, signum, status, arguments, keys, prompt):
+    ann = start(Person, server.port, *arguments)
+    ann.sees(prompt[:-len(keys)].rstrip())
+    ann.type(keys)
+    ann.sees(prompt)
+    server.popen.send_signal(signum)
+    assert ann.status(3) == status and ann.leaves_terminal_as_it_was()
+    if status:
+        assert ann.err == "client.py: connection lost; start again when the server is back\n"
+    else:
+        ann.sees(prompt, "* the server is closing")
+
+
+def test_client_where_input_cannot_be_interrupted(server, start, tmp_path):
+    script = edited(tmp_path, "client.py", ('CAN_INTERRUPT = hasattr(signal, "pthread_kill")', "CAN_INTERRUPT = False"),
+                    ("    import readline ", "    import no_readline_on_windows as readline "))
+    bob = server.join("bob")
+    ann = start(Person, server.port, "--name", "ann", columns=70, script=script)
+    bob.hears("JOINED ann")
+    eventually(lambda: ann.err == "> ", "the prompt, which Python prints on standard error here")
+    bob.says("MSG hi")
+    ann.sees("bob: hi", ">")
+    ann.type("hello\r")
+    bob.hears("MSG ann hello")
+    server.popen.kill()
+    eventually(lambda: "press Enter" in ann.out)
+    ann.type("\r")
+    assert ann.status() == 1 and "client.py: connection lost" in ann.err
 
 
 # ---- How fast -----------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ MAX_NAME = 20                # characters in the name of a person or a room
 JOIN_SECONDS = 30            # who has not joined so long after connecting is cut off
 FAREWELL_SECONDS = 2         # how long a client may take to hang up after its BYE
 TICK_SECONDS = 0.25          # how often the main thread looks at deadlines, and for Ctrl-C
+HELD_BACK_SECONDS = 8        # how often a flooder is told so
 SEND_BUFFER = 256 * 1024     # bytes that may wait in the kernel for a client that reads slowly
 RECEIVE_BUFFER = 64 * 1024   # bytes that a client may have sent ahead, in the kernel too
 CHUNK = 4096                 # bytes taken from a socket at once, at most
@@ -99,34 +100,52 @@ class Client:
         self.unfinished = b""                # a request whose end has not come yet
         self.skipping = False                # in the middle of a request that is too long
         self.messages = 0                    # how many it has said
+        self.relayed = 0                     # bytes of those in the last chunk, as passed on
+        self.held_back = 0                   # seconds in a row that it has been faster than --rate
+        self.chunk = min(CHUNK, options.rate // 16 + 1) if options.rate else CHUNK
         self.events = []                     # what to log when the lock is free again
 
     def serve(self):
         """Read and carry out requests until the client leaves. Runs in a thread of its own."""
-        chunk = min(CHUNK, options.rate // 8 + 1) if options.rate else CHUNK    # 1/8 s of the rate
         ended = "end of file"
         try:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # do not wait for more
             if not DONT_WAIT:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 10)   # Windows: ms
             while not self.reason:
-                data = self.sock.recv(chunk)
+                data = self.sock.recv(self.chunk)
                 if not data:                 # b"" is not "nothing yet" but "nothing any more"
                     break
                 self.handle(data)
-                if options.rate:             # read no faster: TCP then holds the sender back
-                    time.sleep(len(data) / options.rate)
+                if options.rate:
+                    self.keep_pace(len(data))
         except OSError as error:
             ended = f"connection lost: {error.strerror}"
         finally:                             # the one way out, however the connection ends
             self.leave(ended)
             with contextlib.suppress(OSError):
-                while self.sock.recv(CHUNK):     # to close with unread input would reset the
-                    pass                         # connection, and our BYE could be lost
+                while self.sock.recv(RECEIVE_BUFFER):    # to close with unread input would reset
+                    time.sleep(0.01)                     # the connection; our BYE could be lost
             log.info("thread ends after %d messages: %s", self.messages, self.reason)
             with rooms_lock:
                 clients.remove(self)
             self.sock.close()
+
+    def keep_pace(self, received):
+        """Rest for as long as the bytes received (int) take at --rate: TCP holds the sender back.
+
+        Passed on, a short message grows by its speaker's name: then it is those bytes that count.
+        Of a flooder that has gone its kernel still has up to 4 MiB to send (measured): minutes. To
+        a line from us it answers with a reset. So a flooder is told, now and then, that it is one.
+        """
+        rest = max(received, self.relayed) / options.rate
+        time.sleep(rest)
+        self.relayed = 0
+        self.held_back = self.held_back + rest if received == self.chunk else 0
+        if self.held_back > HELD_BACK_SECONDS:
+            self.held_back = 0
+            with rooms_lock:
+                self.tell("ERROR", f"too fast: you are held back to {options.rate} bytes a second")
 
     def requests(self, data):
         """Yield each request (str) that `data` (bytes, just received) completes, or TOO_LONG.
@@ -194,9 +213,12 @@ class Client:
         if said:
             self.messages += len(said)
             waiting = self.room.said             # a deque: its append and popleft are atomic
-            waiting.append((self, "".join(said).encode()))
+            lines = "".join(said).encode()
+            self.relayed += len(lines)
+            waiting.append((self, lines))
             with rooms_lock:
-                self.room.broadcast([waiting.popleft() for _ in range(len(waiting))])
+                if waiting:                      # if not, another thread has said our lines too
+                    self.room.broadcast([waiting.popleft() for _ in range(len(waiting))])
 
     def join(self, name=None, room_name=None, *more):
         """Enter a room, or move, or take another name: in one step, or not at all and ERROR."""
@@ -249,7 +271,8 @@ class Client:
         self.write_log()
 
     def write_log(self):
-        """Log what has happened, now that the lock is free: a terminal may make us wait."""
+        """Log what has happened, now that the lock is free: a terminal that is stopped (Ctrl-S)
+        makes us wait. A short cut: who talks goes on then, who joins or leaves does not."""
         for event in self.events:
             log.info(event)
         self.events.clear()
@@ -385,6 +408,7 @@ def start_thread(client, address):
     except RuntimeError as error:                            # the system has no thread left
         log.warning("%s: %s", thread.name, error)
         with rooms_lock:
+            client.say_bye("the server has no thread left")
             clients.remove(client)
         client.sock.close()
 
@@ -412,11 +436,12 @@ def close():
     log.info("closed")
 
 
-def stop(signum, _frame):
+def stop(_signum, _frame):
     """On Ctrl-C or SIGTERM, have the main thread close; a second one ends the process at once."""
     global closing
     closing = True
-    signal.signal(signum, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def parse_arguments():
@@ -456,9 +481,10 @@ def main():
         sys.exit(f"server.py: cannot listen on {options.host}:{options.port}: {hint}")
     if options.trace:
         trace_everything()
-    log.info("%s listening on %s:%d (%s)", options.name, *listener.getsockname()[:2],
-             "this machine only; --host 0.0.0.0 opens it to the classroom"
-             if options.host == "127.0.0.1" else "clients need this machine's address")
+    host, port = listener.getsockname()[:2]
+    local = host.startswith("127.") or host == "::1"
+    log.info("%s listening on %s:%d (%s)", options.name, host, port, "this machine only; --host "
+             "0.0.0.0 opens it to the classroom" if local else "clients need its address")
     with listener:
         accept_clients(listener)
     close()

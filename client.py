@@ -359,6 +359,7 @@ def connect(host, port):
 def main():
     """Run the client. Exit status: 0 if one left or the server said BYE, 1 without a connection."""
     options = parse_arguments()
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's & would have it ignored
     try:
         chat = Chat(connect(options.host, options.port), Terminal())
         status, reason = chat.run(options.name, options.room)

@@ -6,6 +6,7 @@
 A test starts a server of its own on a free port, and reads like the protocol:
 `alice.says("MSG hi")`, `bob.hears("MSG alice hi")`. Waiting has a deadline, never a fixed length.
 """
+import ast
 import contextlib
 import fcntl
 import os
@@ -1507,6 +1508,532 @@ def test_client_where_input_cannot_be_interrupted(server, start, tmp_path):
     eventually(lambda: "press Enter" in ann.out)
     ann.type("\r")
     assert ann.status() == 1 and "client.py: connection lost" in ann.err
+
+
+# ---- The lesson: what README says is what happens -------------------------------------------------
+#
+# Everything is read from README.md, so that it cannot part from the scripts: the session, the walk,
+# the transcript of nc, and the edits of the experiments.
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def section(heading):
+    """Return README's text under a heading, up to the next one of its level or above."""
+    start = re.search(rf"^(#+) {heading}.*\n", README, re.M)
+    assert start, f"README has no heading {heading}"
+    rest = README[start.end():]
+    end = re.search(rf"^#{{1,{len(start[1])}}} ", re.sub(r"^```.*?^```", lambda block: "x" * len(block[0]), rest, flags=re.M | re.S), re.M)
+    return rest[:end.start()] if end else rest
+
+
+def blocks(text, language):
+    """Return the fenced blocks of that language in `text`, without the fences."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def columns(block):
+    """Return the rows (lists of cells) of a transcript; a cell that is indented goes on from the last."""
+    rows, last = [], {}
+    for line in block.splitlines()[2:]:
+        cells = [cell.rstrip() for cell in line.split("|")]
+        cells = cells[:1] + [cell[1:] for cell in cells[1:]]
+        rows.append([])
+        for number, cell in enumerate(cells):
+            if cell.startswith("    "):
+                row, place = last[number]
+                row[place] += " " + cell.strip()
+                cell = ""
+            elif cell:
+                last[number] = (rows[-1], number)
+            rows[-1].append(cell)
+    return rows
+
+
+def masked(line):
+    """A line of the log without what differs from run to run: the clock and the ports."""
+    return re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", re.sub(r"^\d\d:\d\d:\d\d", "hh:mm:ss", line))
+
+
+class Screen:
+    """A script in a real terminal (a pty of 80 columns); `lines` is what stands on its screen."""
+
+    def __init__(self, *command, script=HERE / "client.py"):
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        env = dict(os.environ, TERM="xterm", NO_COLOR="1")
+        self.popen = subprocess.Popen([sys.executable, script, *map(str, command)], stdin=theirs, stdout=theirs, stderr=theirs,
+                                      cwd=HERE, env=env, start_new_session=True)
+        os.close(theirs)
+        self.fd, self.data = ours, b""
+        self.thread = threading.Thread(target=self.collect, daemon=True)
+        self.thread.start()
+
+    def collect(self):
+        with contextlib.suppress(OSError):           # EIO: the script has ended
+            for data in iter(lambda: os.read(self.fd, 65536), b""):
+                self.data += data
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    @property
+    def lines(self):
+        rows, row, column = [""], 0, 0
+        for code, count, letter, character in re.findall(r"(\x1b\[\??([\d;]*)([A-Za-z]))|(.)", self.data.decode(errors="replace"), re.S):
+            if code:
+                number = int(count or 1) if (count or "1").isdigit() else 1
+                row -= number if letter == "A" else 0
+                column += number * {"C": 1, "D": -1}.get(letter, 0)
+                if letter in "JK":
+                    rows[row] = rows[row][:column]
+                    rows[row + 1:] = [] if letter == "J" else rows[row + 1:]
+            elif character == "\r":
+                column = 0
+            elif character == "\b":
+                column -= 1
+            elif character == "\n":
+                row += 1
+                rows += [""] * (row == len(rows))
+            elif character >= " ":
+                rows[row] = rows[row].ljust(column)[:column] + character + rows[row][column + 1:]
+                column += 1
+        return rows
+
+    def stop(self):
+        with contextlib.suppress(ProcessLookupError):
+            self.popen.kill()
+        self.popen.wait()
+        self.thread.join(PATIENCE)
+        os.close(self.fd)
+
+
+# The session and the walk
+
+def parts(transcript):
+    """Return each column of a transcript as a list of lines."""
+    return [[cell for cell in column if cell] for column in zip(*columns(transcript))]
+
+
+def test_lesson_session(start):
+    """The session in README, with the real scripts in real terminals."""
+    [session] = blocks(section("A session"), "transcript")
+    running, shown = [None, None, None], [[], [], []]
+
+    def on_screen(number):
+        if number == 0:
+            return [masked(line) for line in server.err.splitlines()]
+        lines = [line.rstrip() for line in running[number].lines]
+        return [line for line in lines if line not in ("", ">", "Your name:")]
+
+    for row in columns(session):
+        for number, cell in enumerate(row):
+            prompt, _, typed = cell.partition(" " if cell.startswith(">") else ": ")
+            if cell.startswith("$ python server.py "):
+                server = running[0] = start(Server)
+                assert cell.split()[3] == "12345"
+            elif cell.startswith("$ python client.py 127.0.0.1 12345"):
+                running[number] = start(Screen, "127.0.0.1", server.port, *cell.split()[5:])
+            elif cell == "^C":
+                server.popen.send_signal(signal.SIGINT)
+            elif cell:
+                shown[number].append(masked(cell) if number == 0 else cell)
+                if number and prompt in ("Your name", ">"):
+                    running[number].type(f"{typed}\n")
+        for number in filter(running.__getitem__, range(3)):
+            eventually(lambda: on_screen(number)[:len(shown[number])] == shown[number], f"{shown[number]}; there is {on_screen(number)}")
+            if number:
+                eventually(lambda: running[number].lines[-1].rstrip() in ("Your name:", ">") or "* you have left" in on_screen(number), "a prompt")
+    assert [process.popen.wait(PATIENCE) for process in running] == [0, 0, 0]
+    assert [on_screen(number) for number in range(3)] == shown
+
+
+def functions(script):
+    """Return {name: lines of its code} of the functions in a script."""
+    text = (HERE / script).read_text(encoding="utf-8")
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    lines, found = text.splitlines(), {}
+    for node in nodes:
+        found.setdefault(node.name, []).extend(lines[node.lineno - 1:max(getattr(inner, "end_lineno", 0) for inner in ast.walk(node))])
+    return found
+
+
+def table(text):
+    """Return the cells of the rows of the table in `text`, each with its pieces of code (in backticks)."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [[re.findall(r"`(.+?)`", cell) for cell in row] for row in rows if set(row[0]) != {"-"}][1:]
+
+
+@pytest.mark.parametrize("script, heading, steps", [("server.py", "The walk: eight", 8), ("client.py", "The walk: five", 5)])
+def test_lesson_walk(script, heading, steps):
+    """Its functions are in the code; its lines are in the session, which the test above plays."""
+    [session] = blocks(section("A session"), "transcript")
+    log, *screens = parts(session)
+    rows = table(section(heading))
+    assert len(rows) == steps
+    for _, _, names, lines in rows:
+        assert names and set(names) <= set(functions(script)), f"not all in {script}: {names}"
+        for line in lines:
+            if script == "server.py" and line != "--trace":
+                assert any(re.match(rf"\S+ \S+ +([^ ].* )?{re.escape(line)}( \(.*)?$", entry) for entry in log), line
+            elif script == "client.py":
+                assert any(entry.startswith(line) for screen in screens for entry in screen), line
+
+
+def test_lesson_one_message(start):
+    """The functions named on the way of one message, and the trace of it."""
+    [steps] = blocks(section("One message"), "text")
+    for script, names in re.findall(r"^ +\d\. (\w+\.py) +((?:\w+, )*\w+)  ", steps, re.M):
+        assert set(names.split(", ")) <= set(functions(script)), (script, names)
+    [expected] = blocks(section("One message"), "trace")
+    server = start(Server, "--trace")
+    alice, bob = server.join("alice"), server.join("bob")
+    server.logs("bob joined")
+    before = len(server.err)
+    alice.says("MSG hello")
+    bob.hears("MSG alice hello")
+    server.logs(r"lets go of the lock\n$")
+    assert [masked(line) for line in server.err[before:].splitlines()] == [masked(line) for line in expected.splitlines()]
+
+
+def test_lesson_from_c():
+    """What stands in the column of Python stands in server.py, too."""
+    text = (HERE / "server.py").read_text(encoding="utf-8")
+    for _, codes, *_ in table(section("From C")):
+        for code in codes:
+            assert code.rstrip("…)") in text, code
+
+
+# The protocol
+
+def test_lesson_nc(server):
+    """The transcript of nc, over raw sockets."""
+    [transcript] = blocks(section("`nc` as a client"), "transcript")
+    peers = [server.connect(), server.connect()]
+    for row in columns(transcript):
+        for peer, cell in zip(peers, row):
+            if cell.startswith("> "):
+                peer.says(cell[2:])
+            elif cell:
+                peer.hears(re.escape(cell))
+    for peer in peers:
+        peer.hears_end()
+
+
+def test_lesson_protocol():
+    """Each line of the protocol is one that the scripts know, and most can be seen in the transcript."""
+    for heading, script in (("What a client sends", "client.py"), ("What the server sends", "server.py")):
+        verbs = [codes[0].split()[0] for codes, *_ in table(section(heading))]
+        assert len(verbs) == len(set(verbs)) == (5 if script == "client.py" else 8)
+        for verb in verbs:
+            assert re.search(rf'"{verb}[ "]', (HERE / script).read_text(encoding="utf-8")), f"{script} knows no {verb}"
+            [transcript] = blocks(section("`nc` as a client"), "transcript")
+            assert re.search(rf"^(.*\| )?{verb} ?|> {verb}\b", transcript, re.M | re.I), f"not in the transcript: {verb}"
+    rules = section("The rules")
+    assert re.findall(r"^(\d+)\.", rules, re.M) == [str(n) for n in range(1, 13)]
+    text = (HERE / "server.py").read_text(encoding="utf-8")
+    for constant, words in (("MAX_REQUEST = 1024 ", "1024 bytes"), ("MAX_NAME = 20 ", "1 to 20 letters"), ("JOIN_SECONDS = 30 ", "30 seconds"),
+                            ("FAREWELL_SECONDS = 2 ", "2 seconds at most"), ("SEND_BUFFER = 256 * 1024 ", "256 KiB"), ("RECEIVE_BUFFER = 64 * 1024 ", "64 KiB"),
+                            ('"--max-clients", type=int, default=100,', "100 clients"), ('"--rate", type=int, default=8192,', "8192 bytes")):
+        assert constant in text and words in rules, constant
+
+
+# The experiments
+
+class Experiment:
+    """What README says of an experiment: its edits, its commands, and what one sees."""
+
+    def __init__(self, number):
+        self.number = number
+        self.text = section(f"Experiment {number}:")
+        self.sees = blocks(self.text, "text")
+        self.commands = "\n".join(blocks(self.text, "sh"))
+        self.edits, script, function = [], None, None
+        for name, place, block in re.findall(r"(?:[Ii]n|of) `(server\.py|client\.py)`|[Ii]n `(\w+)`|^```diff\n(.*?)^```", self.text, re.M | re.S):
+            script, function = name or script, place or (None if name else function)
+            if block:
+                old, new = ("".join(line[1:] + "\n" for line in block.splitlines() if line[0] == sign) for sign in "-+")
+                self.edits.append((script, function, old, new))
+
+    def applied(self, tmp_path, *numbers, script="server.py"):
+        """Return the path of a copy of `script` with those of the edits (from 1); without any, the script itself."""
+        if not numbers:
+            return HERE / script
+        chosen = []
+        for name, function, old, new in [self.edits[number - 1] for number in numbers]:
+            text = (HERE / name).read_text(encoding="utf-8")
+            where = f"README, experiment {self.number}: this edit of {name}"
+            assert name == script and old and new != old
+            assert f"\n{text}".count(f"\n{old}") == 1, f"{where} does not apply any more:\n{old}"
+            assert not function or old in "\n".join(functions(name)[function]) + "\n", f"{where} is not in {function}:\n{old}"
+            chosen.append((f"\n{old}", f"\n{new}"))
+        copy = tmp_path / "-".join(map(str, numbers))
+        copy.mkdir(exist_ok=True)
+        return edited(copy, script, *chosen)
+
+
+def chatting(start, server, name, script=HERE / "client.py", stdin=subprocess.PIPE):
+    """Start client.py with pipes and wait until it has joined."""
+    process = start(Process, script, "127.0.0.1", server.port, "--name", name, stdin=stdin)
+    eventually(lambda: f"You are {name} in lobby." in process.out, f"{name} to join: {process.err}")
+    return process
+
+
+def chatting_on(start, experiment, server):
+    """Start the experiment's own `yes ... | python client.py ...`."""
+    words, name = re.search(r"^yes (.+) \| python client\.py 127\.0\.0\.1 12345 --name (\w+)$", experiment.commands, re.M).groups()
+    yes = subprocess.Popen(["sh", "-c", f"exec yes {words}"], stdout=subprocess.PIPE)
+    process = chatting(start, server, name, stdin=yes.stdout)
+    yes.stdout.close()                           # so that `yes` ends together with the client
+    threading.Thread(target=yes.wait, daemon=True).start()
+    return process
+
+
+def test_lesson_experiment_1_one_recv(start, tmp_path):
+    experiment = Experiment(1)
+    three = re.search(r"printf '(msg one.*?)'", experiment.commands).group(1).replace(r"\n", "\n")
+    for broken in ([1], []):
+        server = start(Server, script=experiment.applied(tmp_path, *broken))
+        bob, ann = chatting(start, server, "bob"), server.join("ann")
+        ann.sends(three.encode())
+        eventually(lambda: "three" in bob.out, "three messages")
+        ann.sends(b"msg hel")
+        if broken:
+            eventually(lambda: "ann: hel\n" in bob.out, "half a message")
+        else:
+            time.sleep(0.1)                      # the gap is what this is about
+        ann.sends(b"lo\n")
+        if broken:
+            ann.hears(re.escape(experiment.sees[1].strip()))
+            assert bob.out.endswith(experiment.sees[0])
+        else:
+            eventually(lambda: bob.out.endswith("ann: one\nann: two\nann: three\nann: hello\n"), "four messages")
+
+
+def test_lesson_experiment_2_decode_what_has_come(start, tmp_path):
+    experiment = Experiment(2)
+    typed = re.search(r"^echo '(.*)' \|", experiment.commands, re.M).group(1)
+    for broken in ([], [1], [1, 2]):
+        server = start(Server, script=experiment.applied(tmp_path, *broken))
+        bob, ann = chatting(start, server, "bob"), chatting(start, server, "ann")
+        ann.type(f"{typed}\n")
+        said = experiment.sees[0] if broken == [1, 2] else f"ann: {typed}\n"
+        eventually(lambda: bob.out.endswith(said), f"{said}; there is {bob.out}")
+
+
+def test_lesson_experiment_3_ignore_the_end(start, tmp_path):
+    experiment = Experiment(3)
+    for broken in ([1], []):
+        server = start(Server, script=experiment.applied(tmp_path, *broken))
+        alice, ghost = chatting(start, server, "alice"), server.join("ghost")
+        eventually(lambda: "* ghost joined" in alice.out, "ghost")
+        ghost.sock.close()
+        if not broken:
+            eventually(lambda: alice.out.endswith(experiment.sees[1]), "ghost to leave")
+        before = server.cpu()
+        time.sleep(0.5)                          # the processor time used in half a second
+        if not broken:
+            assert server.cpu() - before < 0.1
+            break
+        assert server.cpu() - before > 0.5 * 0.2     # 100 %, but the machine may be busy
+        alice.type("/who\n")
+        eventually(lambda: alice.out.endswith(experiment.sees[0]), f"the ghost; there is {alice.out}")
+        other = server.connect()
+        other.says("JOIN ghost")
+        other.hears("ERROR the name ghost is taken")
+        alice.type("hello?\n/who\n")            # the first is answered with a reset
+        eventually(lambda: alice.out.endswith(2 * experiment.sees[0]), f"the ghost; there is {alice.out}")
+        alice.type("hello?\n")                   # the second cannot be sent any more
+        eventually(lambda: alice.out.endswith(experiment.sees[1]), f"the ghost to leave; there is {alice.out}")
+        server.logs("connection lost: Broken pipe")
+
+
+def test_lesson_experiment_4_trust_the_text(start, tmp_path):
+    experiment = Experiment(4)
+    payload = re.search(r"printf '(msg .*?)'", experiment.commands).group(1).encode().decode("unicode_escape")
+    forged, safe = experiment.sees
+    for edits_of_server, edits_of_client in (([], []), ([1], []), ([1], [2])):
+        server = start(Server, script=experiment.applied(tmp_path, *edits_of_server))
+        carol = server.join("carol")
+        bob = chatting(start, server, "bob", script=experiment.applied(tmp_path, *edits_of_client, script="client.py"))
+        server.join("mallory").says(payload.rstrip("\n"))
+        heard = carol.hears_sometime("MSG mallory .*")
+        assert ("\033[2J" in heard) == bool(edits_of_server)
+        eventually(lambda: forged in bob.out, "the message")
+        assert bob.out.endswith(f"mallory: \033[2J\033[H{forged}" if edits_of_client else safe)
+
+
+def test_lesson_experiment_5_take_the_lock_away(start, tmp_path):
+    experiment = Experiment(5)
+    servers = [start(Server, script=experiment.applied(tmp_path, *broken)) for broken in ([1, 2], [2])]
+    anns = [[server.connect(), server.connect()] for server in servers]
+    for ann in sum(anns, []):
+        ann.says("JOIN ann")
+    for server, pair, expected in zip(servers, anns, experiment.sees):
+        heard = sorted((ann.line() for ann in pair), reverse=True)
+        other = server.connect()
+        other.says("ROOMS", "LEAVE")
+        assert [*heard, other.line(), other.line()] == expected.splitlines()
+
+
+def test_lesson_experiment_6_wait_for_the_reader(start, tmp_path):
+    experiment = Experiment(6)
+    rate = re.search(r"server\.py 12345 (--rate) (\d+)", experiment.commands).groups()
+    for broken in ([1], []):
+        server = start(Server, *rate, script=experiment.applied(tmp_path, *broken))
+        bob, alice = chatting(start, server, "bob"), chatting(start, server, "alice")
+        bob.popen.send_signal(signal.SIGSTOP)
+        zoe = chatting_on(start, experiment, server)
+        if broken:
+            heard = -1
+            while heard < len(alice.collected["out"]):
+                heard = len(alice.collected["out"])
+                time.sleep(0.5)                  # frozen: nothing comes in half a second
+            assert heard > 100000
+            alice.type("/who\n")
+            other = server.connect()
+            other.says("JOIN other")
+            with pytest.raises(socket.timeout):
+                other.line(0.5)
+            assert "in this room" not in alice.out and "bob left" not in alice.out
+            bob.popen.send_signal(signal.SIGCONT)
+            eventually(lambda: "* in this room: " in alice.out, "the thaw")
+        else:
+            eventually(lambda: experiment.sees[0] in zoe.out, "bob to be dropped")
+            server.logs("dropped: it does not read")
+            alice.type("/who\n")
+            eventually(lambda: "* in this room: alice, zoe\n" in alice.out, "an answer")
+
+
+def test_lesson_experiment_7_lock_twice(start, tmp_path):
+    experiment = Experiment(7)
+    start(Server).join("ann")                    # without the edit
+    [options] = re.findall(r"^python (.*) server\.py 12345$", experiment.commands, re.M)
+    server = start(Process, *options.split(), experiment.applied(tmp_path, 1), 0)
+    port = eventually(lambda: re.search(r" listening on \S+:(\d+) ", server.err), "the server to listen").group(1)
+    ann = Peer(int(port))
+    ann.says("JOIN ann")
+    with pytest.raises(socket.timeout):
+        ann.line(0.5)
+    assert server.err.endswith("thread client-1 starts\n")
+    server.popen.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        server.popen.wait(0.5)
+    server.popen.send_signal(signal.SIGABRT)
+    assert server.status() == -signal.SIGABRT
+    dump = re.sub(r"0x[0-9a-f]+", "0x…", server.err[server.err.index("Fatal"):])
+    dump = re.sub(r'(  File ".*threading\.py", .*\n)+\n', "  …\n", dump)
+    dump = re.sub(r'"\S+/server\.py", line \d+', '"server.py", line …', dump)
+    assert dump == experiment.sees[0]
+    ann.sock.close()
+
+
+def test_lesson_experiment_8_a_thread_ends_alone(start, tmp_path):
+    experiment = Experiment(8)
+    for broken in ([1], []):
+        server = start(Server)
+        alice = start(Screen, "127.0.0.1", server.port, "--name", "alice", script=experiment.applied(tmp_path, *broken, script="client.py"))
+        eventually(lambda: alice.lines[-1] == "> ", "the prompt")
+        server.popen.send_signal(signal.SIGINT)
+        server.logs("closing: BYE")
+        if broken:
+            with pytest.raises(subprocess.TimeoutExpired):
+                alice.popen.wait(1)              # nothing happens in a second, nor later
+            assert "closing" not in "".join(alice.lines)
+            alice.type("\n")
+        assert alice.popen.wait(PATIENCE) == 0
+        eventually(lambda: experiment.sees[0].strip() in alice.lines, "the reason")
+        assert server.status() == 0
+
+
+def test_lesson_experiment_9_a_short_queue(start, tmp_path):
+    experiment = Experiment(9)
+    clients = int(re.search(r"seq (\d+)", experiment.commands).group(1))
+    slow, short = (start(Server, script=experiment.applied(tmp_path, *broken)) for broken in ([1], [1, 2]))
+    welcome, coming = {slow: [], short: []}, []
+
+    def come(server, sock):
+        with contextlib.suppress(OSError):
+            sock.settimeout(PATIENCE)
+            sock.connect(("127.0.0.1", server.port))
+            sock.sendall(b"JOIN\n")
+            welcome[server].append(sock.recv(100))
+
+    for _ in range(clients):
+        for server in (slow, short):
+            sock = socket.socket()
+            coming.append((sock, threading.Thread(target=come, args=(server, sock), daemon=True)))
+            coming[-1][1].start()
+    began = time.monotonic()
+    try:
+        eventually(lambda: len(welcome[slow]) == clients, "all of them where the queue is long")
+        time.sleep(max(0, began + 0.9 - time.monotonic()))   # TCP asks again after a second
+        assert 0 < len(welcome[short]) < clients
+        assert all(line.startswith(b"WELCOME ") for line in welcome[slow] + welcome[short])
+    finally:
+        for sock, thread in coming:              # or their TCP would ask on, and find another test's server at that port
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            thread.join(PATIENCE)
+            sock.close()
+
+
+def test_lesson_experiment_10_no_pacing(start):
+    experiment = Experiment(10)
+    assert not experiment.edits
+    option = re.search(r"server\.py 12345 (--rate) (0)$", experiment.commands, re.M).groups()
+    server = start(Server, *option)
+    bob = start(Screen, "127.0.0.1", server.port, "--name", "bob")
+    eventually(lambda: bob.lines[-1] == "> ", "the prompt")
+    chatting_on(start, experiment, server)
+    assert bob.popen.wait(PATIENCE) == 1
+    eventually(lambda: bob.data.decode().replace("\r", "").endswith(experiment.sees[0]), "the reason")
+    server.logs(rf"client-1 .*{experiment.sees[1]}")
+    assert bob.data.count(b"buy my book") > 1000
+
+    server = start(Server)
+    bob, carol = chatting(start, server, "bob"), server.join("carol")
+    mallory = chatting_on(start, experiment, server)
+    before = bob.out.count("\n")
+    time.sleep(0.5)                              # the lines that come in half a second
+    assert 100 < bob.out.count("\n") - before < 500
+    began = time.monotonic()
+    bob.type("hi\n")
+    carol.hears_sometime("MSG bob hi")
+    assert time.monotonic() - began < 1
+    assert bob.popen.poll() is mallory.popen.poll() is None and "dropped" not in server.err
+
+
+# The rest of README
+
+def test_lesson_commands_and_links(start):
+    """README names no file, no option and no place in itself that is not there."""
+    helps = {script: start(Process, script, "--help") for script in ("server.py", "client.py")}
+    for script, process in helps.items():
+        assert process.status() == 0
+    for script in re.findall(r"[\w/-]+\.(?:py|txt|md)\b", README):
+        assert (HERE / script).exists(), script
+    for line in re.findall(r"python(?: -X \w+)? (?:server|client)\.py[^`\n|&>)]*", README):
+        script, arguments = re.search(r"(\w+\.py)(.*)", line).groups()
+        for option in re.findall(r"--[\w-]+", arguments):
+            assert option in helps[script].out, line
+    for option in re.findall(r"`[^`\n]*?(--[a-z-]+)", README):
+        assert any(option in process.out for process in helps.values()), option
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S), re.M)
+    places = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert len(places) == len(set(places))
+    links = re.findall(r"\]\(([^)]*)\)", README)
+    assert links and all(link[0] == "#" and link[1:] in places for link in links), links
+
+
+def test_lesson_demo():
+    """The demo's commands are the client's, its log lines those of the session."""
+    demo = section("A demo in ten minutes")
+    for command in re.findall(r"`(/\w+)", demo):
+        assert f'"{command}"' in (HERE / "client.py").read_text(encoding="utf-8"), command
+    for message in re.findall(r"^\| `(.*?)` ?…? \|", section("When it does not connect"), re.M):
+        message = message.replace("ann", "{name}")
+        assert any(message in (HERE / script).read_text(encoding="utf-8") for script in ("server.py", "client.py")), message
 
 
 # ---- How fast -----------------------------------------------------------------------------------

@@ -327,19 +327,18 @@ def test_rule_1_room_alone_keeps_its_age(server):
     bob.hears("WELCOME third bob .*", "ROOMS first=1 third=1")
 
 
-@pytest.mark.parametrize("name", ["a", "x" * 20, "Ann_Lee-2", "Ünïcödé", "名前", "Имя", "١٢", "_"])
-def test_rule_2_good_names(server, name):
-    peer = server.join(name, name)
-    peer.says("WHO", "ROOMS")
-    peer.hears(f"WHO {name}", f"ROOMS {name}=1")
+def test_rule_2_good_names(server):
+    for name in ("a", "x" * 20, "Ann_Lee-2", "Ünïcödé", "名前", "Имя", "١٢", "_"):
+        peer = server.join(name, name)
+        peer.says("WHO")
+        peer.hears(f"WHO {name}")
 
 
-@pytest.mark.parametrize("request_", ["JOIN " + "x" * 21, "JOIN a.b", "JOIN a=b", "JOIN a \N{SNOWMAN}", "JOIN a/b", "JOIN a b c",
-                                      "JOIN a\x1b[2J", "JOIN a\x00", "JOIN a b\u202e", "JOIN a " + "r" * 21])
-def test_rule_2_bad_names(server, request_):
+def test_rule_2_bad_names(server):
     peer = server.connect()
-    peer.says(request_, "ROOMS")
-    peer.hears("ERROR .*", "ROOMS")
+    for arguments in ("x" * 21, "a.b", "a=b", "a \N{SNOWMAN}", "a/b", "a b c", "a\x1b[2J", "a\x00", "a b\u202e", "a " + "r" * 21):
+        peer.says(f"JOIN {arguments}", "ROOMS")
+        peer.hears("ERROR .*", "ROOMS")
     peer.says("JOIN fine")
     peer.hears("WELCOME lobby fine .*")
 
@@ -570,7 +569,7 @@ def test_rule_9_max_clients(start):
 
 
 def test_rule_9_join_deadline(start, tmp_path):
-    server = start(Server, script=edited(tmp_path, "server.py", ("JOIN_SECONDS = 30", "JOIN_SECONDS = 1"), ("FAREWELL_SECONDS = 2", "FAREWELL_SECONDS = 1")))
+    server = start(Server, script=edited(tmp_path, "server.py", ("JOIN_SECONDS = 30", "JOIN_SECONDS = 1"), ("FAREWELL_SECONDS = 2", "FAREWELL_SECONDS = 0.3")))
     alice, silent, trickling = server.join("alice"), server.connect(), server.connect()
     ends = time.monotonic() + 5
     with contextlib.suppress(ConnectionError):       # after its BYE it may well be reset
@@ -798,7 +797,7 @@ def test_rule_11_flood(start):
     with Conversation(server) as conversation:
         mallory = server.join("mallory")
         started = time.monotonic()
-        flood(mallory, 2)
+        flood(mallory, 1.3)
         relayed = sum(len(line) + 1 for line in conversation.others if line.startswith("MSG mallory"))
         relayed /= 2                                 # ann and ben both heard it
         assert 0.5 * rate < relayed / (time.monotonic() - started) < 1.15 * rate
@@ -821,7 +820,7 @@ def test_rule_11_nothing_of_a_flood_is_lost(start):
 def test_thirty_flooders(server):
     with Conversation(server) as conversation:
         flooders = [server.join(f"flooder{n}") for n in range(30)]
-        threads = [threading.Thread(target=flood, args=(peer, 2)) for peer in flooders]
+        threads = [threading.Thread(target=flood, args=(peer, 1.5)) for peer in flooders]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -884,7 +883,7 @@ def test_pasted_listing(server):
     """500 lines at the default rate arrive whole within 8 s."""
     alice, bob = server.join("alice"), server.join("bob")
     alice.hears("JOINED bob")
-    listing = [f"    value[{n}] = compute({n})" for n in range(500)]
+    listing = [f"    x[{n}] = {n}" for n in range(500)]
     started = time.monotonic()
     bob.says(*(f"MSG {line}" for line in listing))
     alice.hears(*("MSG bob " + re.escape(line) for line in listing))
@@ -899,7 +898,7 @@ def test_requests_are_cheap(start):
         peers = {name: server.connect() for name in floods}
         for peer in peers.values():
             peer.says("JOIN")
-        threads = [threading.Thread(target=flood, args=(peers[name], 1.5, floods[name])) for name in floods]
+        threads = [threading.Thread(target=flood, args=(peers[name], 1, floods[name])) for name in floods]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -910,9 +909,9 @@ def test_requests_are_cheap(start):
 
 
 def test_saboteurs(start):
-    """Three honest talkers among five saboteurs, for six seconds. (Sixty have been tried.)"""
+    """Three honest talkers among five saboteurs, for five seconds."""
     server = start(Server, "--rate", 65536)
-    over = time.monotonic() + 6
+    over = time.monotonic() + 5
 
     def sabotage(number):
         n = number
@@ -1026,13 +1025,14 @@ def test_host_that_is_not_ours(start):
         assert server.err.count("\n") == 1 and "--host" in server.err
 
 
-@pytest.mark.parametrize("arguments", [(), ("x",), (-1,), (65536,), (0, "--max-clients", 0), (0, "--max-clients", "x"), (0, "--rate", -1),
-                                       (0, "--name", ""), (0, "--name", " "), (0, "--host", ""), (0, "--no-such"), (0, 1)])
-def test_senseless_arguments(start, arguments):
-    server = start(Process, "server.py", *arguments)
-    assert server.status() == 2
-    assert server.err.startswith("usage: server.py ")
-    assert re.search(r"^server.py: error: .+$", server.err, re.M)
+def test_senseless_arguments(start):
+    processes = [start(Process, "server.py", *arguments) for arguments in (
+        (), ("x",), (-1,), (65536,), (0, "--max-clients", 0), (0, "--max-clients", "x"), (0, "--rate", -1),
+        (0, "--name", ""), (0, "--name", " "), (0, "--host", ""), (0, "--no-such"), (0, 1))]
+    for process in processes:
+        assert process.status() == 2
+        assert process.err.startswith("usage: server.py ")
+        assert re.search(r"^server.py: error: .+$", process.err, re.M)
 
 
 # ---- The client, and what a person sees of it ---------------------------------------------------

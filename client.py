@@ -63,18 +63,16 @@ class Terminal:
         # libedit, which macOS calls readline, does not say what has been typed so far.
         self.redraws = escape_codes and readline and "libedit" not in readline.__doc__
         self.prompt = None               # the prompt that stands on the screen, if any
-        self.lock = threading.Lock()     # one thread writes to the screen at a time
+        self.lock = threading.RLock()    # one thread at a time writes to the screen
         if self.redraws:
             readline.parse_and_bind("set enable-bracketed-paste off")    # a pasted line is a line
+            readline.set_pre_input_hook(self.lock.release)   # called when the prompt has been drawn
 
     def ask(self, prompt):
         """Return the next line typed (str). Raises EOFError and KeyboardInterrupt."""
-        def prompt_is_shown():
-            self.prompt = prompt
         if self.redraws:
-            readline.set_pre_input_hook(prompt_is_shown)
-        elif self.interactive:
-            prompt_is_shown()
+            self.lock.acquire()          # until the prompt has been drawn: see the hook above
+        self.prompt = prompt if self.interactive else None
         try:
             return input(prompt if self.interactive else "")
         except (EOFError, KeyboardInterrupt):
@@ -269,10 +267,11 @@ class Chat:
                     break
         self.end = self.end or (1, "connection lost; start again when the server is back")
         self.answered.set()
-        if not CAN_INTERRUPT:
+        if not CAN_INTERRUPT and not self.leaving:
             self.notice(f"{self.end[1]}; press Enter")
-        elif not self.leaving:
+        while CAN_INTERRUPT and not self.leaving:
             interrupt_main()
+            time.sleep(0.5)                          # again, if readline has swallowed it
 
     def hear(self, line):
         """Return what to show (str or None) for a line from the server; note what it says of us."""

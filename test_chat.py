@@ -1421,6 +1421,17 @@ def test_client_twenty_messages_while_one_is_typed(start):
     bob.hears(*(f"MSG ann pasted {number}" for number in range(50)))
 
 
+def test_client_answer_stands_above_the_next_prompt(server, start):
+    ann = start(Person, server.port, "--name", "ann")
+    ann.sees("in lobby.", ">")
+    for number in range(1, 41):
+        ann.type("/who\r")
+        eventually(lambda: ann.out.count("in this room") == number)
+    ann.sees("* in this room: ann", ">")
+    shown = screen(ann.out, 40)[0]
+    assert shown.count("* in this room: ann") == shown.count("> /who") == 40, shown
+
+
 def test_client_colours(server, start, run):
     ann = start(Person, server.port, "--name", "ann", columns=80)
     plain = [start(Person, server.port, "--name", "p1", columns=80, NO_COLOR=""),

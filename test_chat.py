@@ -2050,16 +2050,19 @@ def test_lesson_demo():
 # ---- How fast -----------------------------------------------------------------------------------
 
 def fan_out(server, clients, talkers, count, pause):
-    """Let each of `talkers` in turn say `count` messages to a room of `clients`; return figures.
+    """Let `talkers` members in turn say `count` messages each to a room of `clients`; print the figures.
 
-    One message is on its way at a time: the next is said when all have heard the last, and after
-    `pause` seconds. The delay of a message is the time until the last of the others has heard it.
+    One message is on its way at a time: the next is said when all have heard the last, and `pause`
+    seconds later. The delay of a message is the time until the last of the others has heard it.
+    Nothing may be lost; how long it takes is not judged.
     """
+    before = server.rss()
     peers = [server.join(f"p{n}") for n in range(clients)]
     for peer in peers:
         peer.says("WHO")
         peer.hears_sometime("WHO .*")
-    delays, lost, started = [], 0, time.monotonic()
+    memory = (server.rss() - before) / clients
+    delays, lost = [], 0
     for n in range(count):
         for talker in peers[:talkers]:
             said = time.monotonic()
@@ -2068,14 +2071,19 @@ def fan_out(server, clients, talkers, count, pause):
             delays.append(time.monotonic() - said)
             time.sleep(pause)
     rate = len(delays) * (clients - 1) / sum(delays)
-    print(f"\n{clients} clients, {len(delays)} messages, pause {pause} s: {rate:,.0f} deliveries/s; delay until all have it: "
-          f"median {sorted(delays)[len(delays) // 2] * 1000:.2f} ms, worst {max(delays) * 1000:.2f} ms; lost: {lost}")
-    return lost
+    print(f"\n{clients} clients, {len(delays)} messages: {rate:,.0f} deliveries/s, delay until all have it: median "
+          f"{sorted(delays)[len(delays) // 2] * 1000:.2f} ms, worst {max(delays) * 1000:.2f} ms; lost: {lost}; "
+          f"{memory:.0f} KiB of memory a client")
+    assert lost == 0
 
 
 def test_fan_out_as_fast_as_possible(start):
-    assert fan_out(start(Server, "--rate", 0), 50, 10, 50, 0) == 0
+    fan_out(start(Server, "--rate", 0), 50, 10, 50, 0)
 
 
 def test_fan_out_at_the_default_rate(server):
-    assert fan_out(server, 50, 10, 10, 0.005) == 0
+    fan_out(server, 50, 10, 10, 0.005)
+
+
+def test_fan_out_to_three_hundred(start):
+    fan_out(start(Server, "--rate", 0, "--max-clients", 300), 300, 5, 10, 0)

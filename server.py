@@ -60,8 +60,8 @@ closing = False                  # set by Ctrl-C and SIGTERM, looked at by the m
 #   lines mix on one socket. This is allowed only because send never waits here.
 # - Nothing that may wait is done under the lock: no recv, no sleep, no line of the log.
 # - Only a client's own thread changes its name and room (so it may read them without the lock), and
-#   only that thread closes the socket, after taking the client out of `rooms` and `clients`:
-#   who finds a client there, under the lock, may use its socket.
+#   only that thread (or start_thread, if it could not be started) closes the socket, after taking
+#   the client out of `rooms` and `clients`: who finds it there, under the lock, may use its socket.
 
 rooms = []                       # the oldest first; never one without members
 clients = set()                  # every connection that has a thread
@@ -102,7 +102,7 @@ class Client:
         self.messages = 0                    # how many it has said
         self.relayed = 0                     # bytes of those in the last chunk, as passed on
         self.held_back = 0                   # seconds in a row that it has been faster than --rate
-        self.chunk = min(CHUNK, options.rate // 16 + 1) if options.rate else CHUNK
+        self.chunk = min(CHUNK, options.rate // 16 + 1) if options.rate else CHUNK   # bytes a recv
         self.events = []                     # what to log when the lock is free again
 
     def serve(self):
@@ -139,6 +139,7 @@ class Client:
         a line from us it answers with a reset. So a flooder is told, now and then, that it is one.
         """
         rest = max(received, self.relayed) / options.rate
+        rest = min(rest, 1)                      # closing must not wait long for us
         time.sleep(rest)
         self.relayed = 0
         self.held_back = self.held_back + rest if received == self.chunk else 0
@@ -355,16 +356,17 @@ def trace_everything():
     global rooms_lock
     requests, send = Client.requests, Client.send
 
-    def traced_requests(client, data):
+    def _traced_requests(client, data):
         for request in requests(client, data):
             trace(f"<- {request!r}")
             yield request
 
-    def traced_send(client, data):
+    def _traced_send(client, data):
         for line in data.decode().splitlines():
             trace(f"-> {client.name}: {line}")
         send(client, data)
-    rooms_lock, Client.requests, Client.send = TracedLock(rooms_lock), traced_requests, traced_send
+    rooms_lock = TracedLock(rooms_lock)
+    Client.requests, Client.send = _traced_requests, _traced_send
 
 
 # ---- The main thread: listen, accept, close -----------------------------------------------------

@@ -188,9 +188,10 @@ class Chat:
         except KeyboardInterrupt:            # Ctrl-C, or the reader thread has woken us
             signal.signal(signal.SIGINT, lambda *_: None)
             self.leaving = True
-            with contextlib.suppress(OSError):               # no LEAVE: Ctrl-C may have come
-                self.sock.shutdown(socket.SHUT_WR)           # in the middle of a line
-            self.reader.join(GOODBYE_SECONDS)
+            if not self.end:
+                with contextlib.suppress(OSError):           # no LEAVE: Ctrl-C may have come
+                    self.sock.shutdown(socket.SHUT_WR)       # in the middle of a line
+                self.reader.join(GOODBYE_SECONDS)
         return self.end or (0, "you have left")
 
     def enter(self, name, room):

@@ -569,7 +569,7 @@ def test_rule_9_max_clients(start):
 
 
 def test_rule_9_join_deadline(start, tmp_path):
-    server = start(Server, script=edited(tmp_path, "server.py", ("JOIN_SECONDS = 30", "JOIN_SECONDS = 1"), ("FAREWELL_SECONDS = 2", "FAREWELL_SECONDS = 0.3")))
+    server = start(Server, script=edited(tmp_path, "server.py", ("JOIN_SECONDS = 30", "JOIN_SECONDS = 0.5"), ("FAREWELL_SECONDS = 2", "FAREWELL_SECONDS = 0.3")))
     alice, silent, trickling = server.join("alice"), server.connect(), server.connect()
     ends = time.monotonic() + 5
     with contextlib.suppress(ConnectionError):       # after its BYE it may well be reset
@@ -578,8 +578,8 @@ def test_rule_9_join_deadline(start, tmp_path):
             trickling.sock.settimeout(0.1)
             with contextlib.suppress(socket.timeout):
                 trickling.buffer += trickling.sock.recv(100)
-    assert re.fullmatch(b"BYE no JOIN within 1 seconds\n", trickling.buffer)
-    silent.hears_end("BYE no JOIN within 1 seconds")
+    assert re.fullmatch(b"BYE no JOIN within 0.5 seconds\n", trickling.buffer)
+    silent.hears_end("BYE no JOIN within 0.5 seconds")
     silent.sock.close()
     with pytest.raises(OSError):                     # one deadline for all of the farewell
         while time.monotonic() < ends + 5:
@@ -756,8 +756,8 @@ def test_few_file_descriptors(start):
     crowd = [server.connect() for _ in range(20)]
     server.logs("cannot accept: ")
     before = server.cpu()
-    time.sleep(0.7)                                  # the time in which it is measured
-    assert server.cpu() - before < 0.2
+    time.sleep(0.5)                                  # the time in which it is measured
+    assert server.cpu() - before < 0.15
     for peer in crowd:
         peer.sock.close()
     bob = server.join("bob")
@@ -797,7 +797,7 @@ def test_rule_11_flood(start):
     with Conversation(server) as conversation:
         mallory = server.join("mallory")
         started = time.monotonic()
-        flood(mallory, 1.3)
+        flood(mallory, 1)
         relayed = sum(len(line) + 1 for line in conversation.others if line.startswith("MSG mallory"))
         relayed /= 2                                 # ann and ben both heard it
         assert 0.5 * rate < relayed / (time.monotonic() - started) < 1.15 * rate
@@ -808,19 +808,19 @@ def test_rule_11_flood(start):
 
 
 def test_rule_11_nothing_of_a_flood_is_lost(start):
-    server = start(Server, "--rate", 200000)
+    server = start(Server, "--rate", 400000)
     alice, bob = server.join("alice"), server.join("bob")
     alice.hears("JOINED bob")
     threading.Thread(target=bob.says, args=[f"MSG {n} {'x' * 90}" for n in range(2000)], daemon=True).start()
     started = time.monotonic()
     alice.hears(*(f"MSG bob {n} x+" for n in range(2000)))
-    assert time.monotonic() - started > 2000 * 97 / 200000 * 0.8
+    assert time.monotonic() - started > 2000 * 97 / 400000 * 0.8
 
 
 def test_thirty_flooders(server):
     with Conversation(server) as conversation:
         flooders = [server.join(f"flooder{n}") for n in range(30)]
-        threads = [threading.Thread(target=flood, args=(peer, 1.5)) for peer in flooders]
+        threads = [threading.Thread(target=flood, args=(peer, 1)) for peer in flooders]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -855,7 +855,7 @@ def test_sixty_at_once_with_long_names(server):
 
 def test_rule_11_flooder_that_has_gone_from_a_silent_room(start, tmp_path):
     """Its kernel goes on sending what it had sent ahead, unless a line from the server is refused."""
-    script = edited(tmp_path, "server.py", ("HELD_BACK_SECONDS = 8 ", "HELD_BACK_SECONDS = 0.4 "))
+    script = edited(tmp_path, "server.py", ("HELD_BACK_SECONDS = 8 ", "HELD_BACK_SECONDS = 0.2 "))
     server = start(Server, "--rate", 65536, script=script)
     alice, mallory = server.join("alice"), server.join("mallory")
     mallory.sock.setblocking(False)
@@ -872,11 +872,11 @@ def test_input_after_bye_costs_little(server):
     peer = server.join("peer")
     peer.says("LEAVE")
     peer.hears("BYE .*")
-    before, end = server.cpu(), time.monotonic() + 1
+    before, end = server.cpu(), time.monotonic() + 0.6
     with contextlib.suppress(OSError):
         while time.monotonic() < end:
             peer.sends(b"x" * 65536)
-    assert server.cpu() - before < 0.3
+    assert server.cpu() - before < 0.2
 
 
 def test_pasted_listing(server):
@@ -909,9 +909,9 @@ def test_requests_are_cheap(start):
 
 
 def test_saboteurs(start):
-    """Three honest talkers among five saboteurs, for five seconds."""
+    """Three honest talkers among five saboteurs, for four seconds."""
     server = start(Server, "--rate", 65536)
-    over = time.monotonic() + 5
+    over = time.monotonic() + 4
 
     def sabotage(number):
         n = number
@@ -2082,7 +2082,7 @@ def test_fan_out_as_fast_as_possible(start):
 
 
 def test_fan_out_at_the_default_rate(server):
-    fan_out(server, 50, 10, 10, 0.005)
+    fan_out(server, 50, 10, 5, 0.005)
 
 
 def test_fan_out_to_three_hundred(start):

@@ -1421,6 +1421,15 @@ def test_client_twenty_messages_while_one_is_typed(start):
     bob.hears(*(f"MSG ann pasted {number}" for number in range(50)))
 
 
+def test_client_in_the_background_ends_with_the_server(server, start):
+    """A shell's `&` has SIGINT ignored, which is how the reader thread wakes the main thread."""
+    robot = start(Process, "client.py", "127.0.0.1", server.port, "--name", "robot", stdin=subprocess.PIPE,
+                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    eventually(lambda: "You are robot" in robot.out)
+    server.popen.kill()
+    assert robot.status() == 1
+
+
 def test_client_answer_stands_above_the_next_prompt(server, start):
     ann = start(Person, server.port, "--name", "ann")
     ann.sees("in lobby.", ">")

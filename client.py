@@ -101,8 +101,8 @@ class Terminal:
         """Return prompt and typed line as they stand on the screen; (None, ...) without a prompt.
 
         readline takes a key in first and draws it then, in the other thread. So look twice: what
-        has not changed for 10 ms is drawn. A short cut: a key in the next some 50 microseconds is
-        drawn in the wrong place, though sent rightly. (At ten keys a second: one message in 2000.)
+        has not changed for 10 ms is drawn. A short cut: a key in the very moment after that is drawn
+        in the wrong place, though it is sent rightly.
         """
         while True:
             seen = self.prompt, readline.get_line_buffer()

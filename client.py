@@ -63,7 +63,7 @@ class Terminal:
         # libedit, which macOS calls readline, does not say what has been typed so far.
         self.redraws = escape_codes and readline and "libedit" not in readline.__doc__
         self.prompt = None               # the prompt that stands on the screen, if any
-        self.lock = threading.RLock()    # one thread at a time writes to the screen
+        self.lock = threading.RLock()    # one thread at a time writes; R: main may hold it
         if self.redraws:
             readline.parse_and_bind("set enable-bracketed-paste off")    # a pasted line is a line
             readline.set_pre_input_hook(self.lock.release)   # called when the prompt has been drawn
@@ -101,8 +101,8 @@ class Terminal:
         """Return prompt and typed line as they stand on the screen; (None, ...) without a prompt.
 
         readline takes a key in first and draws it then, in the other thread. So look twice: what
-        has not changed for 10 ms is drawn. A short cut: a key in the very moment after that is drawn
-        in the wrong place, though it is sent rightly.
+        has not changed for 10 ms is drawn. A short cut: a key pressed right then appears in the
+        wrong place, though it is sent rightly.
         """
         while True:
             seen = self.prompt, readline.get_line_buffer()
@@ -166,7 +166,7 @@ class Chat:
         self.sock = sock
         self.terminal = terminal
         self.name = None                     # who we are, as the last WELCOME said
-        self.refusal = None                  # the answer to JOIN: why not; "" is a welcome
+        self.refusal = None                  # what the last ERROR said; "" after a WELCOME
         self.answered = threading.Event()    # set when it has come
         self.end = None                      # (exit status, reason) when the connection has ended
         self.leaving = False                 # main waits for the end and need not be woken
@@ -186,7 +186,7 @@ class Chat:
                 self.send("LEAVE")
             self.reader.join()               # BYE comes when all that was said has been delivered
         except KeyboardInterrupt:            # Ctrl-C, or the reader thread has woken us
-            signal.signal(signal.SIGINT, lambda *_: None)
+            signal.signal(signal.SIGINT, lambda *_: None)    # one Ctrl-C is enough
             self.leaving = True
             if not self.end:
                 with contextlib.suppress(OSError):           # no LEAVE: Ctrl-C may have come
@@ -203,7 +203,7 @@ class Chat:
             if self.refusal and not self.terminal.interactive:
                 sys.exit(f"client.py: {self.refusal}; start again with another --name")
             name = None
-        if room and not typed:               # a guest: JOIN takes no room without a name
+        if self.name and room and not typed:     # a guest: JOIN takes no room without a name
             self.join(self.name, room)
 
     def talk(self):
@@ -245,7 +245,8 @@ class Chat:
         self.refusal = None
         self.answered.clear()
         self.send(" ".join(filter(None, ["JOIN", name, room])))
-        self.answered.wait()
+        if not self.end:                     # else no answer will come
+            self.answered.wait()
 
     def send(self, request):
         """Send one request (str). Raises OSError."""

@@ -58,10 +58,13 @@ closing = False                  # set by Ctrl-C and SIGTERM, looked at by the m
 #   clients could both find no room and make two, or take one name, or enter a room being deleted.
 # - Sending is done under the lock: so everybody sees the same lines in the same order, and no two
 #   lines mix on one socket. This is allowed only because send never waits here.
-# - Nothing that may wait is done under the lock: no recv, no sleep, no line of the log.
+# - Nothing that may wait is done under the lock: no recv, no sleep, no line of the log
+#   (but for --trace).
 # - Only a client's own thread changes its name and room (so it may read them without the lock), and
 #   only that thread (or start_thread, if it could not be started) closes the socket, after taking
 #   the client out of `rooms` and `clients`: who finds it there, under the lock, may use its socket.
+# - Without the lock: a room's deque `said`, whose append is one step; and a glance at `reason` or
+#   `clients`, which may be out of date, but the next glance is not.
 
 rooms = []                       # the oldest first; never one without members
 clients = set()                  # every connection that has a thread
@@ -100,7 +103,7 @@ class Client:
         self.unfinished = b""                # a request whose end has not come yet
         self.skipping = False                # in the middle of a request that is too long
         self.messages = 0                    # how many it has said
-        self.relayed = 0                     # bytes of those in the last chunk, as passed on
+        self.relayed = 0                     # bytes passed on since the last rest
         self.held_back = 0                   # seconds in a row that it has been faster than --rate
         self.chunk = min(CHUNK, options.rate // 16 + 1) if options.rate else CHUNK   # bytes a recv
         self.events = []                     # what to log when the lock is free again
@@ -124,8 +127,9 @@ class Client:
         finally:                             # the one way out, however the connection ends
             self.leave(ended)
             with contextlib.suppress(OSError):
-                while self.sock.recv(RECEIVE_BUFFER):    # to close with unread input would reset
-                    time.sleep(0.01)                     # the connection; our BYE could be lost
+                # To close with unread input would reset the connection: our BYE could be lost.
+                while self.sock.recv(RECEIVE_BUFFER):
+                    time.sleep(0.01)         # a flooder must not keep us busy
             log.info("thread ends after %d messages: %s", self.messages, self.reason)
             with rooms_lock:
                 clients.remove(self)
@@ -134,9 +138,10 @@ class Client:
     def keep_pace(self, received):
         """Rest for as long as the bytes received (int) take at --rate: TCP holds the sender back.
 
-        Passed on, a short message grows by its speaker's name: then it is those bytes that count.
-        Of a flooder that has gone its kernel still has up to 4 MiB to send (measured): minutes. To
-        a line from us it answers with a reset. So a flooder is told, now and then, that it is one.
+        A short message grows when its speaker's name is put before it: then the bytes passed on
+        count. A flooder is told now and then that it is one. That also finds out those who have
+        gone: the kernel may still hold 4 MiB of theirs (measured), minutes at this pace, but it
+        answers a line from us with a reset.
         """
         rest = max(received, self.relayed) / options.rate
         rest = min(rest, 1)                      # closing must not wait long for us
@@ -272,8 +277,11 @@ class Client:
         self.write_log()
 
     def write_log(self):
-        """Log what has happened, now that the lock is free: a terminal that is stopped (Ctrl-S)
-        makes us wait. A short cut: who talks goes on then, who joins or leaves does not."""
+        """Log what has happened, now that the lock is free: a stopped terminal makes us wait.
+
+        A short cut: who talks goes on while the log's terminal is stopped (Ctrl-S); who joins or
+        leaves does not.
+        """
         for event in self.events:
             log.info(event)
         self.events.clear()
@@ -302,14 +310,14 @@ class Client:
             if self.sock.send(data, DONT_WAIT) == len(data):
                 return
             self.reason = "dropped: it does not read"
-        except (BlockingIOError, socket.timeout):
+        except (BlockingIOError, TimeoutError):      # TimeoutError: Windows, by SO_SNDTIMEO
             self.reason = "dropped: it does not read"
         except OSError as error:
             self.reason = f"connection lost: {error.strerror}"
         self.shutdown(socket.SHUT_RDWR)
 
     def shutdown(self, how):
-        """End a direction of the connection, or both; both wake our thread, which waits in recv."""
+        """End a direction of the connection, or both, which wakes our thread up in recv."""
         with contextlib.suppress(OSError):           # the client has gone already
             self.sock.shutdown(how)
 
@@ -331,8 +339,7 @@ def find_room(name, here):
 class TracedLock:
     """Stands in for rooms_lock, and logs who waits for it, who has it and who lets go."""
 
-    def __init__(self, lock):
-        self.lock = lock
+    lock = rooms_lock
 
     def __enter__(self):
         if not self.lock.acquire(blocking=False):
@@ -365,7 +372,7 @@ def trace_everything():
         for line in data.decode().splitlines():
             trace(f"-> {client.name}: {line}")
         send(client, data)
-    rooms_lock = TracedLock(rooms_lock)
+    rooms_lock = TracedLock()
     Client.requests, Client.send = _traced_requests, _traced_send
 
 
@@ -416,7 +423,7 @@ def start_thread(client, address):
 
 
 def keep_deadlines():
-    """Cut off who has not joined in time, and hang up on who does not after BYE."""
+    """Say BYE to those who have not joined in time; hang up on those who have had BYE but stay."""
     now = time.monotonic()
     with rooms_lock:
         for client in clients:

@@ -1430,6 +1430,15 @@ def test_client_in_the_background_ends_with_the_server(server, start):
     assert robot.status() == 1
 
 
+def test_client_at_a_full_server(start, run):
+    server = start(Server, "--max-clients", 1)
+    alice = server.join("alice")
+    for arguments in (("--name", "bob"), ("--name", "bob", "--room", "tea"), ("--room", "tea")):
+        bob = run(server, *arguments, typed="\n")
+        assert bob.status() == 0 and bob.out == "* the server is full (1 clients)\n" and bob.err == ""
+    alice.hears_nothing()
+
+
 def test_client_answer_stands_above_the_next_prompt(server, start):
     ann = start(Person, server.port, "--name", "ann")
     ann.sees("in lobby.", ">")

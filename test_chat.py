@@ -380,7 +380,6 @@ def test_rule_2_guests(server):
     other = second.hears(r"WELCOME lobby guest\d+ .*").split()[2]
     assert name != other
     first.hears(f"JOINED {other}")
-    third = server.connect()
     free = [f"guest{n}" for n in range(1, 40) if f"guest{n}" not in (name, other)]
     for taken in free[-30:]:                         # whichever it would pick next is taken now
         server.join(taken, "den")
@@ -1127,6 +1126,11 @@ class Person(Process):
         except AssertionError:
             raise AssertionError(f"{lines}, cursor {cursor}; but saw {seen()}") from None
 
+    @property
+    def lines(self):
+        """What stands on the screen, line by line."""
+        return screen(self.collected["out"].decode(errors="ignore"), self.columns)[0]
+
     def leaves_terminal_as_it_was(self):
         return termios.tcgetattr(self.tty) == self.modes
 
@@ -1584,59 +1588,6 @@ def masked(line):
     return re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", re.sub(r"^\d\d:\d\d:\d\d", "hh:mm:ss", line))
 
 
-class Screen:
-    """A script in a real terminal (a pty of 80 columns); `lines` is what stands on its screen."""
-
-    def __init__(self, *command, script=HERE / "client.py"):
-        ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        env = dict(os.environ, TERM="xterm", NO_COLOR="1")
-        self.popen = subprocess.Popen([sys.executable, script, *map(str, command)], stdin=theirs, stdout=theirs, stderr=theirs,
-                                      cwd=HERE, env=env, start_new_session=True)
-        os.close(theirs)
-        self.fd, self.data = ours, b""
-        self.thread = threading.Thread(target=self.collect, daemon=True)
-        self.thread.start()
-
-    def collect(self):
-        with contextlib.suppress(OSError):           # EIO: the script has ended
-            for data in iter(lambda: os.read(self.fd, 65536), b""):
-                self.data += data
-
-    def type(self, text):
-        os.write(self.fd, text.encode())
-
-    @property
-    def lines(self):
-        rows, row, column = [""], 0, 0
-        for code, count, letter, character in re.findall(r"(\x1b\[\??([\d;]*)([A-Za-z]))|(.)", self.data.decode(errors="replace"), re.S):
-            if code:
-                number = int(count or 1) if (count or "1").isdigit() else 1
-                row -= number if letter == "A" else 0
-                column += number * {"C": 1, "D": -1}.get(letter, 0)
-                if letter in "JK":
-                    rows[row] = rows[row][:column]
-                    rows[row + 1:] = [] if letter == "J" else rows[row + 1:]
-            elif character == "\r":
-                column = 0
-            elif character == "\b":
-                column -= 1
-            elif character == "\n":
-                row += 1
-                rows += [""] * (row == len(rows))
-            elif character >= " ":
-                rows[row] = rows[row].ljust(column)[:column] + character + rows[row][column + 1:]
-                column += 1
-        return rows
-
-    def stop(self):
-        with contextlib.suppress(ProcessLookupError):
-            self.popen.kill()
-        self.popen.wait()
-        self.thread.join(PATIENCE)
-        os.close(self.fd)
-
-
 # The session and the walk
 
 def parts(transcript):
@@ -1662,7 +1613,7 @@ def test_lesson_session(start):
                 server = running[0] = start(Server)
                 assert cell.split()[3] == "12345"
             elif cell.startswith("$ python client.py 127.0.0.1 12345"):
-                running[number] = start(Screen, "127.0.0.1", server.port, *cell.split()[5:])
+                running[number] = start(Person, server.port, *cell.split()[5:], columns=80)
             elif cell == "^C":
                 server.popen.send_signal(signal.SIGINT)
             elif cell:
@@ -1961,8 +1912,8 @@ def test_lesson_experiment_8_a_thread_ends_alone(start, tmp_path):
     experiment = Experiment(8)
     for broken in ([1], []):
         server = start(Server)
-        alice = start(Screen, "127.0.0.1", server.port, "--name", "alice", script=experiment.applied(tmp_path, *broken, script="client.py"))
-        eventually(lambda: alice.lines[-1] == "> ", "the prompt")
+        alice = start(Person, server.port, "--name", "alice", columns=80, script=experiment.applied(tmp_path, *broken, script="client.py"))
+        eventually(lambda: alice.lines[-1] == ">", "the prompt")
         server.popen.send_signal(signal.SIGINT)
         server.logs("closing: BYE")
         if broken:
@@ -2012,13 +1963,13 @@ def test_lesson_experiment_10_no_pacing(start):
     assert not experiment.edits
     option = re.search(r"server\.py 12345 (--rate) (0)$", experiment.commands, re.M).groups()
     server = start(Server, *option)
-    bob = start(Screen, "127.0.0.1", server.port, "--name", "bob")
-    eventually(lambda: bob.lines[-1] == "> ", "the prompt")
+    bob = start(Person, server.port, "--name", "bob")
+    bob.sees("in lobby.", ">")
     chatting_on(start, experiment, server)
     assert bob.popen.wait(PATIENCE) == 1
-    eventually(lambda: bob.data.decode().replace("\r", "").endswith(experiment.sees[0]), "the reason")
+    eventually(lambda: bob.err == experiment.sees[0], "the reason")
     server.logs(rf"client-1 .*{experiment.sees[1]}")
-    assert bob.data.count(b"buy my book") > 1000
+    assert bob.collected["out"].count(b"buy my book") > 1000
 
     server = start(Server)
     bob, carol = chatting(start, server, "bob"), server.join("carol")

@@ -369,7 +369,7 @@ def trace_everything():
             yield request
 
     def _traced_send(client, data):
-        for line in data.decode().splitlines():
+        for line in data.decode().splitlines() if not client.reason else ():
             trace(f"-> {client.name}: {line}")
         send(client, data)
     rooms_lock = TracedLock()

@@ -7,6 +7,7 @@ A test starts a server of its own on a free port, and reads like the protocol:
 `alice.says("MSG hi")`, `bob.hears("MSG alice hi")`. Waiting has a deadline, never a fixed length.
 """
 import ast
+import concurrent.futures
 import contextlib
 import fcntl
 import os
@@ -52,6 +53,12 @@ def edited(tmp_path, script, *edits):
     path = tmp_path / script
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def side_by_side(test, *cases):
+    """Run test(case) for each case, each in a thread of its own, since most of it is waiting."""
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+        list(pool.map(test, cases))
 
 
 class Process:
@@ -413,6 +420,54 @@ def test_rule_4_before_joining(server):
     peer.hears_end("ERROR .*JOIN.*", "ERROR .*JOIN.*", "ERROR .*", "ROOMS", "BYE .*")
 
 
+def test_rule_5_entering_in_the_middle(start, tmp_path):
+    """Who enters hears what is said and who enters from then on, and nothing from before."""
+    script = edited(tmp_path, "server.py", ("JOINED_SECONDS = 0.001 ", "JOINED_SECONDS = 0.2 "))
+    server = start(Server, script=script)
+    alice, bob = server.join("alice"), server.join("bob")
+    alice.hears("JOINED bob")
+    carol = server.join("carol")                     # JOINED carol waits for others ...
+    dave = server.join("dave")
+    alice.says("WHO")                                # ... but not once somebody could know of her
+    alice.hears("JOINED carol", "JOINED dave", "WHO alice bob carol dave")
+    bob.hears("JOINED carol", "JOINED dave")
+    carol.hears("JOINED dave")
+    erin = server.join("erin")
+    bob.says("MSG hi")
+    for peer in (alice, carol, dave):
+        peer.hears("JOINED erin", "MSG bob hi")
+    bob.hears("JOINED erin")
+    erin.hears("MSG bob hi")
+    frank = server.join("frank")
+    erin.sock.close()                                # her pause is over by then, or it is not
+    for peer in (alice, bob, carol, dave, frank):
+        peer.hears(*["JOINED frank"] * (peer is not frank), "LEFT erin")
+        peer.hears_nothing()
+
+
+def test_rule_5_said_to_one_who_has_been_welcomed(start, tmp_path):
+    """What is said after somebody's WELCOME reaches them, even while JOINED is still on its way."""
+    line = '            self.tell("WELCOME", room.name, name, f"Welcome to {options.name}, {name}!")\n'
+    server = start(Server, script=edited(tmp_path, "server.py", (line, line + "            time.sleep(0.1)\n")))
+    alice = server.join("alice")
+    alice.hears_nothing()                            # her thread is ready for the next request
+    bob = server.join("bob")
+    alice.says("MSG hi")                             # its thread has to wait for the lock
+    bob.hears("MSG alice hi")
+    alice.hears("JOINED bob")
+
+
+def test_rule_5_said_to_one_who_takes_another_name(start, tmp_path):
+    script = edited(tmp_path, "server.py", ("            guests = (", "            time.sleep(0.05)\n            guests = ("))
+    server = start(Server, script=script)
+    alice, bob = server.join("alice"), server.join("bob")
+    alice.hears("JOINED bob")
+    for name in ("anna", "anne", "anja"):
+        alice.says(f"JOIN {name}")
+        bob.says(f"MSG hi {name}")                   # its thread has to wait for the lock
+        alice.hears_sometime(f"MSG bob hi {name}")
+
+
 def test_rule_5_same_order_for_everyone(server):
     """Five talk at once; the sixth hears what the five hear, each without its own, in the same order."""
     peers = [server.join(f"p{n}") for n in range(6)]
@@ -568,7 +623,7 @@ def test_rule_9_max_clients(start):
 
 
 def test_rule_9_join_deadline(start, tmp_path):
-    server = start(Server, script=edited(tmp_path, "server.py", ("JOIN_SECONDS = 30", "JOIN_SECONDS = 0.5"), ("FAREWELL_SECONDS = 2", "FAREWELL_SECONDS = 0.3")))
+    server = start(Server, script=edited(tmp_path, "server.py", ("JOIN_SECONDS = 30", "JOIN_SECONDS = 0.3"), ("FAREWELL_SECONDS = 2", "FAREWELL_SECONDS = 0.2")))
     alice, silent, trickling = server.join("alice"), server.connect(), server.connect()
     ends = time.monotonic() + 5
     with contextlib.suppress(ConnectionError):       # after its BYE it may well be reset
@@ -577,8 +632,8 @@ def test_rule_9_join_deadline(start, tmp_path):
             trickling.sock.settimeout(0.1)
             with contextlib.suppress(socket.timeout):
                 trickling.buffer += trickling.sock.recv(100)
-    assert re.fullmatch(b"BYE no JOIN within 0.5 seconds\n", trickling.buffer)
-    silent.hears_end("BYE no JOIN within 0.5 seconds")
+    assert re.fullmatch(b"BYE no JOIN within 0.3 seconds\n", trickling.buffer)
+    silent.hears_end("BYE no JOIN within 0.3 seconds")
     silent.sock.close()
     with pytest.raises(OSError):                     # one deadline for all of the farewell
         while time.monotonic() < ends + 5:
@@ -625,13 +680,18 @@ def test_rule_10_slow_for_a_while(start):
 class Conversation:
     """Two people in a room who talk all the time. Leaving the `with` block checks how they fared:
 
-    nothing is lost, doubled, cut, out of order or later than 0.25 s, and nothing but the lines of
-    the protocol, without control characters, has come.
+    nothing is lost, doubled, cut, out of order or later than 0.25 s, nothing but the lines of the
+    protocol, without control characters, has come, and nobody has come twice, left twice or said
+    something outside.
     """
 
     def __init__(self, server, names=("ann", "ben"), pause=0.02):
         self.names, self.pause = names, pause
-        self.peers = {name: server.join(name) for name in names}
+        self.peers, self.present = {}, {}
+        for name in names:
+            self.peers[name] = server.join(name)
+            self.peers[name].says("WHO")
+            self.present[name] = set(self.peers[name].hears_sometime("WHO .*").split()[1:])
         self.sent = {name: [] for name in names}                         # times
         self.heard = {(name, other): [] for name in names for other in names if name != other}
         self.strange, self.late, self.others = [], [], []
@@ -660,6 +720,10 @@ class Conversation:
             self.strange.append(line)
         else:
             self.others.append(line)
+        if (other in self.present[name]) == (verb == "JOINED"):
+            self.strange.append(f"{line} (to {name})")
+        if verb != "MSG":
+            (self.present[name].add if verb == "JOINED" else self.present[name].discard)(other)
 
     def complete(self, name):
         return all(len(self.heard[name, other]) >= len(self.sent[other]) for other in self.names if other != name)
@@ -755,8 +819,8 @@ def test_few_file_descriptors(start):
     crowd = [server.connect() for _ in range(20)]
     server.logs("cannot accept: ")
     before = server.cpu()
-    time.sleep(0.5)                                  # the time in which it is measured
-    assert server.cpu() - before < 0.15
+    time.sleep(0.3)                                  # the time in which it is measured
+    assert server.cpu() - before < 0.1
     for peer in crowd:
         peer.sock.close()
     bob = server.join("bob")
@@ -807,19 +871,19 @@ def test_rule_11_flood(start):
 
 
 def test_rule_11_nothing_of_a_flood_is_lost(start):
-    server = start(Server, "--rate", 400000)
+    server = start(Server, "--rate", 800000)
     alice, bob = server.join("alice"), server.join("bob")
     alice.hears("JOINED bob")
     threading.Thread(target=bob.says, args=[f"MSG {n} {'x' * 90}" for n in range(2000)], daemon=True).start()
     started = time.monotonic()
     alice.hears(*(f"MSG bob {n} x+" for n in range(2000)))
-    assert time.monotonic() - started > 2000 * 97 / 400000 * 0.8
+    assert time.monotonic() - started > 2000 * 97 / 800000 * 0.8
 
 
 def test_thirty_flooders(server):
     with Conversation(server) as conversation:
         flooders = [server.join(f"flooder{n}") for n in range(30)]
-        threads = [threading.Thread(target=flood, args=(peer, 1)) for peer in flooders]
+        threads = [threading.Thread(target=flood, args=(peer, 0.7)) for peer in flooders]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -871,11 +935,11 @@ def test_input_after_bye_costs_little(server):
     peer = server.join("peer")
     peer.says("LEAVE")
     peer.hears("BYE .*")
-    before, end = server.cpu(), time.monotonic() + 0.6
+    before, end = server.cpu(), time.monotonic() + 0.4
     with contextlib.suppress(OSError):
         while time.monotonic() < end:
             peer.sends(b"x" * 65536)
-    assert server.cpu() - before < 0.2
+    assert server.cpu() - before < 0.15
 
 
 def test_pasted_listing(server):
@@ -897,7 +961,7 @@ def test_requests_are_cheap(start):
         peers = {name: server.connect() for name in floods}
         for peer in peers.values():
             peer.says("JOIN")
-        threads = [threading.Thread(target=flood, args=(peers[name], 1, floods[name])) for name in floods]
+        threads = [threading.Thread(target=flood, args=(peers[name], 0.7, floods[name])) for name in floods]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -908,9 +972,9 @@ def test_requests_are_cheap(start):
 
 
 def test_saboteurs(start):
-    """Three honest talkers among five saboteurs, for four seconds."""
-    server = start(Server, "--rate", 65536)
-    over = time.monotonic() + 4
+    """Three honest talkers among five saboteurs, for two and a half seconds."""
+    server = start(Server, "--rate", 200000)
+    over = time.monotonic() + 2.5
 
     def sabotage(number):
         n = number
@@ -951,9 +1015,10 @@ def test_rule_12_closing(server, signum):
     assert server.status() == 0
 
 
-def test_rule_12_closing_in_the_middle_of_it(start):
-    """Flooders, one that does not read, one that has not joined, one that trickles: all that read get BYE."""
-    server = start(Server, "--rate", 30000)
+def test_rule_12_closing_in_the_middle_of_it(start, tmp_path):
+    """Flooders, one that does not read, one that has not joined: all that read get BYE."""
+    script = edited(tmp_path, "server.py", ("FAREWELL_SECONDS = 2 ", "FAREWELL_SECONDS = 0.5 "))
+    server = start(Server, "--rate", 30000, script=script)
     alice, silent, frozen = server.join("alice"), server.connect(), server.join("frozen")
     flooders = [server.join(f"flooder{n}") for n in range(5)]
     last = {}
@@ -982,7 +1047,7 @@ def test_rule_12_closing_in_the_middle_of_it(start):
     eventually(lambda: b"MSG flooder" in last.get(alice, b""), "some traffic")
     started = time.monotonic()
     assert server.close() == 0
-    assert time.monotonic() - started < 3
+    assert 0.5 < time.monotonic() - started < 1.5    # with 2 s for the farewell: 3 s
     for thread in threads:
         thread.join()
     assert [tail.rpartition(b"\n")[0].rpartition(b"\n")[2] for tail in last.values()] == [b"BYE the server is closing"] * 7
@@ -1270,7 +1335,7 @@ def test_client_without_a_server(start):
 
 
 def test_client_gives_up_on_a_host_that_does_not_answer(start, tmp_path):
-    script = edited(tmp_path, "client.py", ("CONNECT_SECONDS = 10 ", "CONNECT_SECONDS = 0.5 "))
+    script = edited(tmp_path, "client.py", ("CONNECT_SECONDS = 10 ", "CONNECT_SECONDS = 0.2 "))
     with socket.socket() as silent, socket.socket() as first, socket.socket() as second:
         silent.bind(("127.0.0.1", 0))
         silent.listen(0)
@@ -1772,7 +1837,8 @@ def chatting_on(start, experiment, server):
 def test_lesson_experiment_1_one_recv(start, tmp_path):
     experiment = Experiment(1)
     three = re.search(r"printf '(msg one.*?)'", experiment.commands).group(1).replace(r"\n", "\n")
-    for broken in ([1], []):
+
+    def try_it(broken):
         server = start(Server, script=experiment.applied(tmp_path, *broken))
         bob, ann = chatting(start, server, "bob"), server.join("ann")
         ann.sends(three.encode())
@@ -1789,21 +1855,27 @@ def test_lesson_experiment_1_one_recv(start, tmp_path):
         else:
             eventually(lambda: bob.out.endswith("ann: one\nann: two\nann: three\nann: hello\n"), "four messages")
 
+    side_by_side(try_it, [1], [])
+
 
 def test_lesson_experiment_2_decode_what_has_come(start, tmp_path):
     experiment = Experiment(2)
     typed = re.search(r"^echo '(.*)' \|", experiment.commands, re.M).group(1)
-    for broken in ([], [1], [1, 2]):
+
+    def try_it(broken):
         server = start(Server, script=experiment.applied(tmp_path, *broken))
         bob, ann = chatting(start, server, "bob"), chatting(start, server, "ann")
         ann.type(f"{typed}\n")
         said = experiment.sees[0] if broken == [1, 2] else f"ann: {typed}\n"
         eventually(lambda: bob.out.endswith(said), f"{said}; there is {bob.out}")
 
+    side_by_side(try_it, [], [1], [1, 2])
+
 
 def test_lesson_experiment_3_ignore_the_end(start, tmp_path):
     experiment = Experiment(3)
-    for broken in ([1], []):
+
+    def try_it(broken):
         server = start(Server, script=experiment.applied(tmp_path, *broken))
         alice, ghost = chatting(start, server, "alice"), server.join("ghost")
         eventually(lambda: "* ghost joined" in alice.out, "ghost")
@@ -1814,7 +1886,7 @@ def test_lesson_experiment_3_ignore_the_end(start, tmp_path):
         time.sleep(0.5)                          # the processor time used in half a second
         if not broken:
             assert server.cpu() - before < 0.1
-            break
+            return
         assert server.cpu() - before > 0.5 * 0.2     # 100 %, but the machine may be busy
         alice.type("/who\n")
         eventually(lambda: alice.out.endswith(experiment.sees[0]), f"the ghost; there is {alice.out}")
@@ -1826,6 +1898,8 @@ def test_lesson_experiment_3_ignore_the_end(start, tmp_path):
         alice.type("hello?\n")                   # the second cannot be sent any more
         eventually(lambda: alice.out.endswith(experiment.sees[1]), f"the ghost to leave; there is {alice.out}")
         server.logs("connection lost: Broken pipe")
+
+    side_by_side(try_it, [1], [])
 
 
 def test_lesson_experiment_4_trust_the_text(start, tmp_path):
@@ -1859,7 +1933,8 @@ def test_lesson_experiment_5_take_the_lock_away(start, tmp_path):
 def test_lesson_experiment_6_wait_for_the_reader(start, tmp_path):
     experiment = Experiment(6)
     rate = re.search(r"server\.py 12345 (--rate) (\d+)", experiment.commands).groups()
-    for broken in ([1], []):
+
+    def try_it(broken):
         server = start(Server, *rate, script=experiment.applied(tmp_path, *broken))
         bob, alice = chatting(start, server, "bob"), chatting(start, server, "alice")
         bob.popen.send_signal(signal.SIGSTOP)
@@ -1868,13 +1943,13 @@ def test_lesson_experiment_6_wait_for_the_reader(start, tmp_path):
             heard = -1
             while heard < len(alice.collected["out"]):
                 heard = len(alice.collected["out"])
-                time.sleep(0.5)                  # frozen: nothing comes in half a second
+                time.sleep(0.3)                  # frozen: nothing comes in all that time
             assert heard > 100000
             alice.type("/who\n")
             other = server.connect()
             other.says("JOIN other")
             with pytest.raises(socket.timeout):
-                other.line(0.5)
+                other.line(0.3)
             assert "in this room" not in alice.out and "bob left" not in alice.out
             bob.popen.send_signal(signal.SIGCONT)
             eventually(lambda: "* in this room: " in alice.out, "the thaw")
@@ -1883,6 +1958,8 @@ def test_lesson_experiment_6_wait_for_the_reader(start, tmp_path):
             server.logs("dropped: it does not read")
             alice.type("/who\n")
             eventually(lambda: "* in this room: alice, zoe\n" in alice.out, "an answer")
+
+    side_by_side(try_it, [1], [])
 
 
 def test_lesson_experiment_7_lock_twice(start, tmp_path):
@@ -1894,11 +1971,11 @@ def test_lesson_experiment_7_lock_twice(start, tmp_path):
     ann = Peer(int(port))
     ann.says("JOIN ann")
     with pytest.raises(socket.timeout):
-        ann.line(0.5)
+        ann.line(0.3)
     assert server.err.endswith("thread client-1 starts\n")
     server.popen.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
-        server.popen.wait(0.5)
+        server.popen.wait(0.3)
     server.popen.send_signal(signal.SIGABRT)
     assert server.status() == -signal.SIGABRT
     dump = re.sub(r"0x[0-9a-f]+", "0x…", server.err[server.err.index("Fatal"):])
@@ -1910,7 +1987,8 @@ def test_lesson_experiment_7_lock_twice(start, tmp_path):
 
 def test_lesson_experiment_8_a_thread_ends_alone(start, tmp_path):
     experiment = Experiment(8)
-    for broken in ([1], []):
+
+    def try_it(broken):
         server = start(Server)
         alice = start(Person, server.port, "--name", "alice", columns=80, script=experiment.applied(tmp_path, *broken, script="client.py"))
         eventually(lambda: alice.lines[-1] == ">", "the prompt")
@@ -1918,12 +1996,14 @@ def test_lesson_experiment_8_a_thread_ends_alone(start, tmp_path):
         server.logs("closing: BYE")
         if broken:
             with pytest.raises(subprocess.TimeoutExpired):
-                alice.popen.wait(1)              # nothing happens in a second, nor later
+                alice.popen.wait(0.5)            # nothing happens in half a second, nor later
             assert "closing" not in "".join(alice.lines)
             alice.type("\n")
         assert alice.popen.wait(PATIENCE) == 0
         eventually(lambda: experiment.sees[0].strip() in alice.lines, "the reason")
         assert server.status() == 0
+
+    side_by_side(try_it, [1], [])
 
 
 def test_lesson_experiment_9_a_short_queue(start, tmp_path):
@@ -1962,26 +2042,31 @@ def test_lesson_experiment_10_no_pacing(start):
     experiment = Experiment(10)
     assert not experiment.edits
     option = re.search(r"server\.py 12345 (--rate) (0)$", experiment.commands, re.M).groups()
-    server = start(Server, *option)
-    bob = start(Person, server.port, "--name", "bob")
-    bob.sees("in lobby.", ">")
-    chatting_on(start, experiment, server)
-    assert bob.popen.wait(PATIENCE) == 1
-    eventually(lambda: bob.err == experiment.sees[0], "the reason")
-    server.logs(rf"client-1 .*{experiment.sees[1]}")
-    assert bob.collected["out"].count(b"buy my book") > 1000
 
-    server = start(Server)
-    bob, carol = chatting(start, server, "bob"), server.join("carol")
-    mallory = chatting_on(start, experiment, server)
-    before = bob.out.count("\n")
-    time.sleep(0.5)                              # the lines that come in half a second
-    assert 100 < bob.out.count("\n") - before < 500
-    began = time.monotonic()
-    bob.type("hi\n")
-    carol.hears_sometime("MSG bob hi")
-    assert time.monotonic() - began < 1
-    assert bob.popen.poll() is mallory.popen.poll() is None and "dropped" not in server.err
+    def without_pacing():
+        server = start(Server, *option)
+        bob = start(Person, server.port, "--name", "bob")
+        bob.sees("in lobby.", ">")
+        chatting_on(start, experiment, server)
+        assert bob.popen.wait(PATIENCE) == 1
+        eventually(lambda: bob.err == experiment.sees[0], "the reason")
+        server.logs(rf"client-1 .*{experiment.sees[1]}")
+        assert bob.collected["out"].count(b"buy my book") > 1000
+
+    def with_pacing():
+        server = start(Server)
+        bob, carol = chatting(start, server, "bob"), server.join("carol")
+        mallory = chatting_on(start, experiment, server)
+        before = bob.out.count("\n")
+        time.sleep(0.5)                          # the lines that come in half a second
+        assert 100 < bob.out.count("\n") - before < 500
+        began = time.monotonic()
+        bob.type("hi\n")
+        carol.hears_sometime("MSG bob hi")
+        assert time.monotonic() - began < 1
+        assert bob.popen.poll() is mallory.popen.poll() is None and "dropped" not in server.err
+
+    side_by_side(lambda variant: variant(), without_pacing, with_pacing)
 
 
 # The rest of README
@@ -2030,13 +2115,18 @@ def fan_out(server, clients, talkers, count, pause):
     for peer in peers:
         peer.says("WHO")
         peer.hears_sometime("WHO .*")
+        peer.sock.settimeout(None)       # a deadline kept by the system is cheaper: it is part of the delay
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", PATIENCE, 0))
     memory = (server.rss() - before) / clients
     delays, lost = [], 0
     for n in range(count):
         for talker in peers[:talkers]:
             said = time.monotonic()
             talker.says(f"MSG {n}")
-            lost += sum(not (peer.line() or "").endswith(f" {n}") for peer in peers if peer is not talker)
+            try:
+                lost += sum(not peer.sock.recv(4096).endswith(b" %d\n" % n) for peer in peers if peer is not talker)
+            except BlockingIOError:
+                pytest.fail(f"message {n} has been lost: after {PATIENCE} s somebody has not heard it")
             delays.append(time.monotonic() - said)
             time.sleep(pause)
     rate = len(delays) * (clients - 1) / sum(delays)

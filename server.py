@@ -53,7 +53,7 @@ closing = False                  # set by Ctrl-C and SIGTERM, looked at by the m
 # ---- What the threads share, and why that is safe ----------------------------------------------
 #
 # rooms_lock (in C: a pthread_mutex_t) guards `rooms`, the members of each room, `clients`, each
-# client's name, room, reason and deadline, and every send.
+# client's name, room, missed, reason and deadline, and every send.
 #
 # - Looking up a room or a name and acting on the answer are one critical section. Otherwise two
 #   clients could both find no room and make two, or take one name, or enter a room being deleted.

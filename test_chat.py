@@ -1490,6 +1490,23 @@ def test_client_twenty_messages_while_one_is_typed(start):
     bob.hears(*(f"MSG ann pasted {number}" for number in range(50)))
 
 
+def test_client_looks_at_the_line_while_it_changes(start, tmp_path):
+    """That does no harm, even if it looks thousands of times and not twice in 10 ms."""
+    look = "for _ in range(20000): self.typed.value, self.cursor.value"
+    script = edited(tmp_path, "client.py", ("                time.sleep(0.01)\n", f"                {look}\n"))
+    server = start(Server, "--rate", 0)
+    bob = server.join("bob")
+    ann = start(Person, server.port, "--name", "ann", script=script)
+    ann.sees("in lobby.", ">")
+    bob.hears("JOINED ann")
+    bob.says("MSG hi")
+    for _ in range(900):
+        ann.type("x")
+        time.sleep(0.0002)                                   # keys that come at once are taken in at once
+    ann.type("\r")
+    bob.hears("MSG ann x{900}")
+
+
 def test_client_in_the_background_ends_with_the_server(server, start):
     """A shell's `&` has SIGINT ignored, which is how the reader thread wakes the main thread."""
     robot = start(Process, "client.py", "127.0.0.1", server.port, "--name", "robot", stdin=subprocess.PIPE,

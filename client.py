@@ -29,7 +29,7 @@ MAX_TEXT = 1024 - len("MSG ")            # bytes of text that fit into one reque
 MAX_LINE = 64 * 1024                     # bytes of a line from the server that are kept
 CONNECT_SECONDS = 10                     # a server that has not answered by then is not there
 GOODBYE_SECONDS = 1                      # how long Ctrl-C waits for the server's BYE
-SEND_BUFFER = 64 * 1024                  # bytes that may wait to be sent; the kernel's 4 MiB would
+SEND_BUFFER = 64 * 1024                  # bytes that may wait to be sent: the kernel's 4 MiB would
                                          # keep a server that reads slowly busy for minutes
 CAN_INTERRUPT = hasattr(signal, "pthread_kill")      # not on Windows
 
@@ -37,8 +37,9 @@ CAN_INTERRUPT = hasattr(signal, "pthread_kill")      # not on Windows
 UNSAFE = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 SAFE_TEXT = {**dict.fromkeys(UNSAFE, "\ufffd"), ord("\t"): " "}
 
-DIM = 2                                  # how notices look; and names: in those of 256 colours
-COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]   # that can be read on white and on black
+DIM = 2                                  # the style of notices
+# The colours of names: those of the 256 that can be read on white and on black.
+COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]
 
 HELP = """\
 /who        who is in this room?
@@ -50,7 +51,7 @@ HELP = """\
 
 
 class Terminal:
-    """Keyboard and screen: the main thread waits in ask() while the reader thread calls show()."""
+    """Keyboard and screen: main waits in ask() while the reader thread (or main) calls show()."""
 
     def __init__(self):
         sys.stdin = sys.stdin or open(os.devnull)            # None: closed by who started us
@@ -60,10 +61,12 @@ class Terminal:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         escape_codes = self.interactive and os.environ.get("TERM") != "dumb"
         self.colours = escape_codes and "NO_COLOR" not in os.environ
-        self.typed, self.cursor = readline_variables()
-        self.redraws = escape_codes and self.typed is not None
+        self.rl_line, self.rl_point = readline_variables()
+        self.redraws = escape_codes and self.rl_line is not None
         self.prompt = None               # the prompt that stands on the screen, if any
-        self.lock = threading.RLock()    # one thread at a time writes; R: main may hold it
+        # Held while show() writes, and from ask() until the prompt is drawn. An RLock, because
+        # Ctrl-C may come before that: then main still holds it, and has its last notice to show.
+        self.lock = threading.RLock()
         if self.redraws:
             readline.parse_and_bind("set enable-bracketed-paste off")    # a pasted line is a line
             readline.set_pre_input_hook(self.lock.release)   # called when the prompt has been drawn
@@ -71,12 +74,13 @@ class Terminal:
     def ask(self, prompt):
         """Return the next line typed (str). Raises EOFError and KeyboardInterrupt."""
         if self.redraws:
-            self.lock.acquire()          # until the prompt has been drawn: see the hook above
+            self.lock.acquire()          # the hook above lets go of it
         self.prompt = prompt if self.interactive else None
         try:
             return input(prompt if self.interactive else "")
         except (EOFError, KeyboardInterrupt):
-            print(end="\n" if self.interactive else "")      # leave the line of the prompt
+            if self.interactive:
+                print()                  # leave the line of the prompt
             raise
         finally:
             self.prompt = None
@@ -84,32 +88,39 @@ class Terminal:
     def show(self, *lines):
         """Print lines (str); the prompt and what has been typed stand below them again."""
         with self.lock:
-            prompt, typed, cursor = self.pause_in_typing()
+            prompt, typed, cursor = self.settled_screen()
             text = "".join(f"{line}\n" for line in lines)
-            if prompt and self.redraws:
-                text = above_prompt(text, prompt, typed, cursor)
-            elif prompt:
-                text = f"\r{text}{prompt}"
             try:
+                if prompt and self.redraws:
+                    text = above_prompt(text, prompt, typed, cursor)
+                elif prompt:
+                    text = f"\r{text}{prompt}"
                 sys.stdout.write(text)
                 sys.stdout.flush()
-            except OSError:              # see "Note on SIGPIPE" in the documentation of `signal`
+            except OSError:
+                # Nobody reads our output any more: leave. Python would fail again at exit, so see
+                # "Note on SIGPIPE" in the documentation of `signal`.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                interrupt_main()         # nobody reads us any more: leave
+                interrupt_main()
 
-    def pause_in_typing(self):
+    def settled_screen(self):
         """Return what stands on the screen: prompt (or None), typed line (bytes), cursor in it.
 
-        readline takes a key in first and draws it then, in the other thread. So look twice: what
-        has not changed for 10 ms is drawn. A short cut: a key pressed right then appears in the
-        wrong place, though it is sent rightly.
+        In the other thread readline first takes a key in and then draws it. So look twice: what
+        has not changed for 10 ms is drawn. Known flaw: a key pressed just after the second look
+        appears in the wrong place; what is sent is right.
         """
-        seen = self.prompt, None, None
-        while self.redraws and seen != (self.prompt, self.typed.value, self.cursor.value):
-            seen = self.prompt, self.typed.value, self.cursor.value
-            if self.prompt:
-                time.sleep(0.01)
-        return seen
+        before, now = None, self.look()
+        while self.redraws and self.prompt and now != before:
+            time.sleep(0.01)
+            before, now = now, self.look()
+        return now
+
+    def look(self):
+        """Return the same as it is just now, perhaps not drawn yet."""
+        if not self.redraws:
+            return self.prompt, None, None
+        return self.prompt, self.rl_line.value, self.rl_point.value
 
     def styled(self, text, style):
         """Return `text` with the codes that give it a style, where they are wanted."""
@@ -119,9 +130,10 @@ class Terminal:
 def readline_variables():
     """Return readline's variables rl_line_buffer, what has been typed, and rl_point, the cursor.
 
-    They are ctypes objects, whose `value` (bytes, int) may be read while the other thread types: at
-    worst it is half old, half new. readline.get_line_buffer() must not be called then: the line
-    changes while it is converted, and the C library aborts the process (seen in 2 of 600 tests).
+    They are ctypes objects, whose `value` (bytes, int) may be read while the other thread types.
+    What is read may be half old, half new, or garbage while readline moves a long line: the next
+    look corrects it. readline.get_line_buffer() must not be called then: the line changes while it
+    is converted, and the C library aborts the process (seen in 2 of 600 tests).
     (None, None) where there are no such variables, and with libedit, which macOS calls readline:
     it does not keep them up to date.
     """
@@ -136,8 +148,8 @@ def readline_variables():
 
 
 def above_prompt(text, prompt, typed, cursor):
-    """Return what prints `text` in the place of prompt and typed line, and these below it."""
-    columns = os.get_terminal_size().columns
+    """Return what prints `text` where prompt and typed line stand, and these below it again."""
+    columns = os.get_terminal_size().columns or 80       # 0: the terminal does not know
     before_cursor = typed[:cursor].decode("utf-8", "ignore")
     typed = typed.decode("utf-8", "replace")
     row, column = position(prompt + before_cursor, columns)
@@ -169,8 +181,7 @@ class Chat:
 
     What the two share needs no lock, because each thing has one writer. Only main sends on the
     socket, only the reader thread receives. The reader thread assigns `name`, `refusal` and `end`,
-    main assigns `leaving`, each in one step; the other only looks. (join() resets `refusal`, but
-    before it sends JOIN, and looks at it after `answered`.)
+    main assigns `leaving`, each in one step; the other only looks.
     """
 
     def __init__(self, sock, terminal):
@@ -208,23 +219,25 @@ class Chat:
     def enter(self, name, room):
         """Join under `name`, or else as what is typed, until the server accepts it."""
         while not self.name and not self.end:
-            typed = self.terminal.ask("Your name: ") if name is None else name
-            typed = "_".join(typed.split())  # what follows a space would be a room
-            self.join(typed, room if typed else None)
+            wanted = self.terminal.ask("Your name: ") if name is None else name
+            wanted = "_".join(wanted.split())    # what follows a space would be a room
+            self.join(wanted, room if wanted else None)
             if self.refusal and not self.terminal.interactive:
                 sys.exit(f"client.py: {self.refusal}; start again with another --name")
             name = None
-        if self.name and room and not typed:     # a guest: JOIN takes no room without a name
+        if self.name and room and not wanted:    # a guest: JOIN takes no room without a name
             self.join(self.name, room)
 
     def talk(self):
         """Say each line that is typed, or carry it out if it is a command."""
         while not self.end:
             for line in self.terminal.ask("> ").split("\n"):     # Ctrl-V Ctrl-J types a newline
-                if line.startswith("/") and not line.startswith("//"):
+                if line.startswith("//"):
+                    self.say(line[1:])
+                elif line.startswith("/"):
                     self.command(*line.split())
                 else:
-                    self.say(line[1:] if line.startswith("//") else line)
+                    self.say(line)
 
     def say(self, text):
         """Send `text` as MSG; in several, cut between characters, if it is longer than MAX_TEXT."""
@@ -253,7 +266,6 @@ class Chat:
 
     def join(self, name, room=None):
         """Send JOIN and wait for the answer, so that the next JOIN bears the right name."""
-        self.refusal = None
         self.answered.clear()
         self.send(" ".join(filter(None, ["JOIN", name, room])))
         if not self.end:                     # else no answer will come
@@ -273,31 +285,33 @@ class Chat:
         """Show what the server says, until its BYE or the end of the connection; then wake main."""
         with contextlib.suppress(OSError):           # a reset is an end as well
             for lines in received_lines(self.sock):
-                self.terminal.show(*filter(None, map(self.hear, lines)))
-                if self.refusal is not None:
+                shown = [self.hear(line) for line in lines]
+                self.terminal.show(*filter(None, shown))
+                if any(line.startswith(("WELCOME ", "ERROR")) for line in lines):
                     self.answered.set()
                 if self.end:
                     break
         self.end = self.end or (1, "connection lost; start again when the server is back")
         self.answered.set()
-        if not CAN_INTERRUPT and not self.leaving:
+        if CAN_INTERRUPT:
+            while not self.leaving:
+                interrupt_main()
+                time.sleep(0.5)                      # again, if readline has swallowed it
+        elif not self.leaving:
             self.notice(f"{self.end[1]}; press Enter")
-        while CAN_INTERRUPT and not self.leaving:
-            interrupt_main()
-            time.sleep(0.5)                          # again, if readline has swallowed it
 
     def hear(self, line):
         """Return what to show (str or None) for a line from the server; note what it says of us."""
         verb, _, rest = line.partition(" ")
         word, _, text = rest.partition(" ")
-        notice = f"? {line}"                 # unless it is one of these
+        notice = f"? {line}"                 # a verb that we do not know
         if verb == "MSG" and word:
             colour = COLOURS[zlib.crc32(word.casefold().encode()) % len(COLOURS)]
             return f"{self.terminal.styled(word, f'38;5;{colour}')}: {text}"
         if verb == "BYE":
             self.end = (0, "you have left" if self.leaving else rest or "the server said BYE")
             return None                      # main shows it, when the prompt has gone
-        if verb == "WELCOME" and text:
+        if verb == "WELCOME" and text:       # WELCOME room name greeting
             self.name, _, greeting = text.partition(" ")
             self.refusal = ""
             notice = f"* {greeting} You are {self.name} in {word}."
@@ -316,11 +330,14 @@ class Chat:
 def received_lines(sock):
     """Yield lists of lines (str, safe to show): those that come together. Raises OSError.
 
-    Of a line longer than MAX_LINE a notice is given and nothing kept; one that the end of the
-    connection cuts off is dropped.
+    A line longer than MAX_LINE (than twice that, if its end comes at once) is replaced by a notice;
+    a line that the end of the connection cuts off is dropped.
     """
     unfinished, skipping = b"", False
-    for data in iter(lambda: sock.recv(MAX_LINE), b""):
+    while True:
+        data = sock.recv(MAX_LINE)
+        if not data:                         # the end of the connection
+            return
         *lines, unfinished = (unfinished + data).split(b"\n")
         if skipping and lines:
             skipping = False
@@ -334,7 +351,10 @@ def received_lines(sock):
 
 
 def interrupt_main():
-    """Do as Ctrl-C does: end input() in the main thread; readline leaves the terminal in order."""
+    """Do as Ctrl-C does: end input() in the main thread; readline leaves the terminal in order.
+
+    (_thread.interrupt_main() would not wake a thread that waits in a system call.)
+    """
     if CAN_INTERRUPT:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
@@ -369,7 +389,7 @@ def connect(host, port):
 
 
 def main():
-    """Run the client. Exit status: 0 if one left or the server said BYE, 1 without a connection."""
+    """Run the client. Exit status: 0 after leaving or BYE, 1 without a connection or a name."""
     options = parse_arguments()
     signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's & would have it ignored
     try:

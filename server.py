@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""A chatroom server: one thread a client, one lock, nothing but the standard library.
+"""A chatroom server: one thread per client, one lock, nothing but the standard library.
 
     python server.py 12345                 in one terminal
     python client.py 127.0.0.1 12345       in another, and in one more
     nc 127.0.0.1 12345                     is a client too: type `join ann`, `msg hi`, `leave`
 
 The main thread accepts connections and starts a thread for each. A client's thread reads the
-client's requests (JOIN, MSG, WHO, ROOMS, LEAVE; one a line) and carries them out: what the client
-says, it sends straight to the sockets of the others in the room.
+client's requests (JOIN, MSG, WHO, ROOMS, LEAVE; one per line) and carries them out: what the
+client says, it sends straight to the sockets of the others in the room.
 """
 import argparse
 import collections
@@ -24,11 +24,11 @@ import time
 MAX_REQUEST = 1024           # bytes in a request, its line ending not counted
 TOO_LONG = "\n"              # stands for a longer one: no request holds a newline
 MAX_NAME = 20                # characters in the name of a person or a room
-JOIN_SECONDS = 30            # who has not joined so long after connecting is cut off
+JOIN_SECONDS = 30            # a client that has not joined by then is cut off
 FAREWELL_SECONDS = 2         # how long a client may take to hang up after its BYE
 JOINED_SECONDS = 0.001       # how long JOINED waits for more: so 500 joins take 0.5 s, not 0.9
 TICK_SECONDS = 0.1           # how often the main thread looks at deadlines, and for Ctrl-C
-HELD_BACK_SECONDS = 8        # how often a flooder is told so
+HELD_BACK_SECONDS = 8        # between two warnings to a client that sends too fast
 SEND_BUFFER = 256 * 1024     # bytes that may wait in the kernel for a client that reads slowly
 RECEIVE_BUFFER = 64 * 1024   # bytes that a client may have sent ahead, in the kernel too
 CHUNK = 4096                 # bytes taken from a socket at once, at most
@@ -36,7 +36,7 @@ BACKLOG = 1024               # connections that may wait for accept; with 128, a
                              # at once waits for seconds: TCP tries again after 1 s, 2 s, ...
 
 # send(..., MSG_DONTWAIT) fails where it would have to wait. Windows has no such flag: there,
-# SO_SNDTIMEO (see serve) keeps the wait for a client that does not read short.
+# SO_SNDTIMEO (see serve) limits the wait for a client that does not read.
 DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 # What must not reach other people's terminals: control characters (C0, DEL, C1), line and paragraph
@@ -53,19 +53,23 @@ closing = False                  # set by Ctrl-C and SIGTERM, looked at by the m
 # ---- What the threads share, and why that is safe ----------------------------------------------
 #
 # rooms_lock (in C: a pthread_mutex_t) guards `rooms`, the members of each room, `clients`, each
-# client's name, room, missed, reason and deadline, and every send.
+# client's name, room, entered_at, reason and deadline, and every send.
 #
 # - Looking up a room or a name and acting on the answer are one critical section. Otherwise two
-#   clients could both find no room and make two, or take one name, or enter a room being deleted.
-# - Sending is done under the lock: so everybody sees the same lines in the same order, and no two
-#   lines mix on one socket. This is allowed only because send never waits here.
+#   clients could both find no room and make two, or both take one name, or enter a room that is
+#   being deleted.
+# - Sending is done under the lock, and so is taking lines out of a room's `unsent`: who takes them
+#   out sends them to all before letting go. So all see the same order, and no two lines mix on one
+#   socket. This is allowed only because send does not wait (on Windows: 10 ms at most).
 # - Nothing that may wait is done under the lock: no recv, no sleep, no line of the log
 #   (but for --trace).
 # - Only a client's own thread changes its name and room (so it may read them without the lock), and
 #   only that thread (or start_thread, if it could not be started) closes the socket, after taking
 #   the client out of `rooms` and `clients`: who finds it there, under the lock, may use its socket.
-# - Without the lock: append to a room's deque `unsent`, which is one step; and a glance at `reason`
-#   or `clients`, which may be out of date, but the next glance is not.
+# - Without the lock: append to a room's `unsent`, which is one step; and a look at `reason` or
+#   `clients`, which may come a moment too early: then the next look sees the change.
+# - Not shared: recv, and a client's other attributes, belong to its own thread. One thread may
+#   receive from a socket while another sends on it: the two directions are independent.
 
 rooms = []                       # the oldest first; never one without members
 clients = set()                  # every connection that has a thread
@@ -78,10 +82,15 @@ class Room:
     def __init__(self, name):
         self.name = name
         self.members = []
-        self.unsent = collections.deque()    # (speaker, bytes), in the order in which all get them
+        self.unsent = collections.deque()    # (speaker, lines as bytes), in the order for all
 
     def broadcast(self):
-        """Send what waits in `unsent`; to nobody its own lines, or those it missed. Lock held."""
+        """Empty `unsent` and send it to the members, to nobody its own lines. Lock held.
+
+        A newcomer does not get what was said before it entered. It is among the speakers, because
+        its own JOINED is in the batch; so whoever is not a speaker gets everything.
+        """
+        # One by one: another thread may append meanwhile, without the lock.
         batch = [self.unsent.popleft() for _ in range(len(self.unsent))]
         if not batch:                        # another thread has sent it
             return
@@ -90,10 +99,10 @@ class Room:
         for member in self.members:
             if member not in speakers:
                 member.send(everything)
-            elif len(batch) > 1:
-                heard = batch[member.missed:]
-                member.send(b"".join(lines for speaker, lines in heard if speaker is not member))
-                member.missed = 0
+            elif len(batch) > 1:             # else there is only its own
+                since = batch[member.entered_at:]
+                member.send(b"".join(lines for speaker, lines in since if speaker is not member))
+                member.entered_at = 0
 
 
 class Client:
@@ -108,18 +117,19 @@ class Client:
         self.deadline = time.monotonic() + JOIN_SECONDS
         self.unfinished = b""                # a request whose end has not come yet
         self.skipping = False                # in the middle of a request that is too long
-        self.missed = 0                      # lines in the room's `unsent` from before it entered
+        self.entered_at = 0                  # how many of its room's `unsent` are older than it
         self.messages = 0                    # how many it has said
         self.relayed = 0                     # bytes passed on since the last rest
         self.held_back = 0                   # seconds in a row that it has been faster than --rate
-        self.chunk = min(CHUNK, options.rate // 16 + 1) if options.rate else CHUNK   # bytes a recv
         self.events = []                     # what to log when the lock is free again
+        # Bytes a recv may return: what --rate allows in 1/16 s, so that no rest is long.
+        self.chunk = min(CHUNK, options.rate // 16 + 1) if options.rate else CHUNK
 
     def serve(self):
         """Read and carry out requests until the client leaves. Runs in a thread of its own."""
-        ended = "end of file"
+        ended = "end of file"                # unless recv fails
         try:
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # do not wait for more
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # send lines at once
             if not DONT_WAIT:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 10)   # Windows: ms
             while not self.reason:
@@ -134,7 +144,8 @@ class Client:
         finally:                             # the one way out, however the connection ends
             self.leave(ended)
             with contextlib.suppress(OSError):
-                # To close with unread input would reset the connection: our BYE could be lost.
+                # Read on until the client hangs up, or keep_deadlines shuts the socket: to close
+                # with unread input would reset the connection, and our BYE could be lost.
                 while self.sock.recv(RECEIVE_BUFFER):
                     time.sleep(0.01)         # a flooder must not keep us busy
             log.info("thread ends after %d messages: %s", self.messages, self.reason)
@@ -146,15 +157,17 @@ class Client:
         """Rest for as long as the bytes received (int) take at --rate: TCP holds the sender back.
 
         A short message grows when its speaker's name is put before it: then the bytes passed on
-        count. A flooder is told now and then that it is one. That also finds out those who have
-        gone: the kernel may still hold 4 MiB of theirs (measured), minutes at this pace, but it
-        answers a line from us with a reset.
+        count. A flooder is warned now and then. The warning also finds out those who have gone:
+        their kernel may still have 4 MiB to send (measured), minutes at this pace, but it answers
+        our line with a reset.
         """
-        rest = max(received, self.relayed) / options.rate
-        rest = min(rest, 1)                      # closing must not wait long for us
+        rest = min(max(received, self.relayed) / options.rate, 1)    # closing must not wait long
         time.sleep(rest)
         self.relayed = 0
-        self.held_back = self.held_back + rest if received == self.chunk else 0
+        if received < self.chunk:
+            self.held_back = 0
+        else:                                    # as much as we asked for: more is waiting
+            self.held_back += rest
         if self.held_back > HELD_BACK_SECONDS:
             self.held_back = 0
             with rooms_lock:
@@ -223,7 +236,7 @@ class Client:
         """Pass on the MSG lines in the list `said` to the others in the room.
 
         While one thread sends, others wait for the lock, each with lines to say. The next to get
-        it sends them all, with one send a receiver: a full lecture hall is 1.2 times as fast.
+        it sends them all, with one send per receiver: a full lecture hall is 1.2 times as fast.
         """
         if said:
             self.messages += len(said)
@@ -241,27 +254,30 @@ class Client:
             guests = (f"guest{number}" for number in itertools.count(self.number))
             name = name or next(guest for guest in guests if guest not in taken)
             room = find_room(room_name, self.room)
-            if more or not is_name(name) or room_name and not is_name(room_name):
+            if more or not is_name(name) or (room_name and not is_name(room_name)):
                 return self.refuse(NAME_RULE)
             if name.casefold() in taken:
                 return self.refuse(f"the name {name} is taken")
             if self.room and (name, room) == (self.name, self.room):
                 return self.refuse(f"you are {name} in {room.name} already")
-            if self.reason:                          # cut off while it waited for the lock
+            if self.reason:          # BYE came while it waited for the lock: its deadline stays
                 return
             if not room:
                 room = Room(room_name or "lobby")
                 rooms.append(room)
                 self.events.append(f"room {room.name} created")
-            self.missed = 0 if room is self.room else len(room.unsent)
-            room.members.append(self)                # before it leaves: its room may be the same
-            self.leave_room()
-            self.name, self.room, self.deadline = name, room, float("inf")
+            moved = room is not self.room
+            self.leave_room(room)
+            self.name, self.room = name, room
+            self.deadline = float("inf")             # who has joined has none
+            self.entered_at = len(room.unsent) if moved else 0
+            room.members.append(self)
             room.unsent.append((self, f"JOINED {name}\n".encode()))
             self.tell("WELCOME", room.name, name, f"Welcome to {options.name}, {name}!")
             self.events.append(f"{name} joined {room.name}")
-        time.sleep(JOINED_SECONDS)                   # who enters meanwhile is announced together
-        with rooms_lock:                             # with us, in one broadcast
+        # Whoever enters meanwhile is announced together with us, in one broadcast.
+        time.sleep(JOINED_SECONDS)
+        with rooms_lock:
             room.broadcast()
 
     def refuse(self, why):
@@ -269,15 +285,15 @@ class Client:
         self.tell("ERROR", why)
         self.events.append(f"refused: {why}")
 
-    def leave_room(self):
-        """Leave the room, if in one; the last to leave deletes it. Lock held."""
+    def leave_room(self, to=None):
+        """Leave the room, if in one, for the room `to`; the last to leave deletes it. Lock held."""
         room, self.room = self.room, None
         if room:
-            room.members.remove(self)
             room.unsent.append((self, f"LEFT {self.name}\n".encode()))
-            room.broadcast()
+            room.broadcast()                         # to us too: what was said before we left
+            room.members.remove(self)
             self.events.append(f"{self.name} left {room.name}")
-            if not room.members:
+            if not room.members and room is not to:
                 rooms.remove(room)
                 self.events.append(f"room {room.name} deleted")
 
@@ -291,18 +307,18 @@ class Client:
     def write_log(self):
         """Log what has happened, now that the lock is free: a stopped terminal makes us wait.
 
-        A short cut: who talks goes on while the log's terminal is stopped (Ctrl-S); who joins or
-        leaves does not.
+        A known limit: who talks goes on while the log's terminal is stopped (Ctrl-S); who joins
+        or leaves does not.
         """
         for event in self.events:
             log.info(event)
         self.events.clear()
 
     def say_bye(self, reason):
-        """Send BYE, the last line, then end our direction of the connection. Lock held."""
+        """Send BYE, the last line, and end our direction; at most once. Lock held."""
         if not self.reason:
             self.tell("BYE", reason)
-            self.reason = self.reason or reason
+            self.reason = self.reason or reason      # tell may have found the connection lost
             self.deadline = time.monotonic() + FAREWELL_SECONDS
             self.shutdown(socket.SHUT_WR)
 
@@ -313,8 +329,8 @@ class Client:
     def send(self, data):
         """Send `data` (bytes: whole lines) without waiting, or drop the client. Lock held.
 
-        A full send buffer means that the client has not read for too long. If a part of `data`
-        still fitted, a line is cut in two: nothing may follow it, so that is the end as well.
+        A full send buffer means that the client has not read for too long. If only a part of
+        `data` fitted, a line may be cut in two, and nothing may follow it: that is the end too.
         """
         if self.reason:
             return
@@ -322,7 +338,7 @@ class Client:
             if self.sock.send(data, DONT_WAIT) == len(data):
                 return
             self.reason = "dropped: it does not read"
-        except (BlockingIOError, TimeoutError):      # TimeoutError: Windows, by SO_SNDTIMEO
+        except (BlockingIOError, TimeoutError):      # the latter on Windows, by SO_SNDTIMEO
             self.reason = "dropped: it does not read"
         except OSError as error:
             self.reason = f"connection lost: {error.strerror}"
@@ -336,22 +352,22 @@ class Client:
 
 def is_name(word):
     """Tell whether `word` (str) can name a person or a room; letters may be of any script."""
-    return len(word) <= MAX_NAME and all(c.isalpha() or c.isdigit() or c in "_-" for c in word)
+    return 0 < len(word) <= MAX_NAME and all(c.isalpha() or c.isdigit() or c in "_-" for c in word)
 
 
 def find_room(name, here):
-    """Return the room of that name; for None `here`, or the oldest; else None. Lock held."""
+    """Return the room called `name`, or None. Without a name: `here`, or the oldest. Lock held."""
     if name is None:
         return here or (rooms[0] if rooms else None)
     return next((room for room in rooms if room.name.casefold() == name.casefold()), None)
 
 
-# ---- With --trace: every line received and sent, and the lock ------------------------------------
+# ---- With --trace: every line that a client's thread receives or sends, and the lock -------------
 
 class TracedLock:
     """Stands in for rooms_lock, and logs who waits for it, who has it and who lets go."""
 
-    lock = rooms_lock
+    lock = rooms_lock            # the real one; `with rooms_lock` looks the name up and finds us
 
     def __enter__(self):
         if not self.lock.acquire(blocking=False):
@@ -394,9 +410,10 @@ def listen(host, port):
     """Return a listening socket (in C: socket, setsockopt, bind, listen). Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)     # inherited by the
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)  # sockets it accepts;
-    listener.settimeout(TICK_SECONDS)                                         # this is not
+    # The sockets that it accepts inherit the sizes of the buffers, but not the time limit.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+    listener.settimeout(TICK_SECONDS)
     return listener
 
 
@@ -417,13 +434,14 @@ def accept_clients(listener):
 
 
 def start_thread(client, address):
-    """Start the client's thread; one client too many gets its BYE first, so it will only leave."""
+    """Start the client's thread. One client too many gets BYE first: its thread only leaves."""
     thread = threading.Thread(target=client.serve, name=f"client-{client.number}", daemon=True)
     with rooms_lock:
         if sum(not other.reason for other in clients) >= options.max_clients:
             client.say_bye(f"the server is full ({options.max_clients} clients)")
         clients.add(client)
-    log.info("connection from %s:%d: thread %s starts", *address[:2], thread.name)
+    host, port = address[:2]                                 # IPv6 has two parts more
+    log.info("connection from %s:%d: thread %s starts", host, port, thread.name)
     try:
         thread.start()
     except RuntimeError as error:                            # the system has no thread left
@@ -446,7 +464,7 @@ def keep_deadlines():
 
 
 def close():
-    """Say BYE to every client and wait until they have gone, FAREWELL_SECONDS at most."""
+    """Say BYE to every client and wait until they have gone; their deadline is FAREWELL_SECONDS."""
     log.info("closing: BYE to %d clients", len(clients))
     with rooms_lock:
         for client in clients:
@@ -467,7 +485,7 @@ def stop(_signum, _frame):
 
 def parse_arguments():
     """Fill `options` from the command line; status 2 and a usage line if it makes no sense."""
-    parser = argparse.ArgumentParser(description="A chatroom server: one thread a client.")
+    parser = argparse.ArgumentParser(description="A chatroom server: one thread per client.")
     parser.add_argument("port", type=int, help="TCP port to listen on; 0: the system picks one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: "
                         "for this machine only; 0.0.0.0: for the network too)")
@@ -475,8 +493,8 @@ def parse_arguments():
     parser.add_argument("--max-clients", type=int, default=100, help="at once (%(default)s)")
     parser.add_argument("--rate", type=int, default=8192, help="bytes a second that are read from "
                         "each client (%(default)s; 0: no limit)")
-    parser.add_argument("--trace", action="store_true", help="log each line received and sent, and "
-                        "the lock (also while it is held: for a lesson, not for a crowd)")
+    parser.add_argument("--trace", action="store_true", help="log each line that a client's "
+                        "thread receives or sends, and the lock: for a lesson, not for a crowd")
     parser.parse_args(namespace=options)
     options.name = options.name.encode("utf-8", "replace").decode().translate(SAFE_TEXT).strip()
     if not 0 <= options.port <= 65535:

@@ -468,6 +468,17 @@ def test_rule_5_said_to_one_who_takes_another_name(start, tmp_path):
         alice.hears_sometime(f"MSG bob hi {name}")
 
 
+def test_rule_5_said_to_one_who_leaves(start, tmp_path):
+    line = "        room, self.room = self.room, None\n"
+    server = start(Server, script=edited(tmp_path, "server.py", (line, line + "        time.sleep(0.05)\n")))
+    alice, bob = server.join("alice"), server.join("bob")
+    alice.hears("JOINED bob")
+    bob.says("JOIN bob den")
+    alice.says("MSG hi")                             # its thread has to wait for the lock
+    bob.hears("MSG alice hi", "WELCOME den bob .*")
+    alice.hears("LEFT bob")
+
+
 def test_rule_5_same_order_for_everyone(server):
     """Five talk at once; the sixth hears what the five hear, each without its own, in the same order."""
     peers = [server.join(f"p{n}") for n in range(6)]
@@ -1492,8 +1503,7 @@ def test_client_twenty_messages_while_one_is_typed(start):
 
 def test_client_looks_at_the_line_while_it_changes(start, tmp_path):
     """That does no harm, even if it looks thousands of times and not twice in 10 ms."""
-    look = "for _ in range(20000): self.typed.value, self.cursor.value"
-    script = edited(tmp_path, "client.py", ("                time.sleep(0.01)\n", f"                {look}\n"))
+    script = edited(tmp_path, "client.py", ("            time.sleep(0.01)\n", "            for _ in range(20000): self.look()\n"))
     server = start(Server, "--rate", 0)
     bob = server.join("bob")
     ann = start(Person, server.port, "--name", "ann", script=script)

@@ -32,6 +32,7 @@ HELD_BACK_SECONDS = 8        # between two warnings to a client that sends too f
 SEND_BUFFER = 256 * 1024     # bytes that may wait in the kernel for a client that reads slowly
 RECEIVE_BUFFER = 64 * 1024   # bytes that a client may have sent ahead, in the kernel too
 CHUNK = 4096                 # bytes taken from a socket at once, at most
+MAX_BATCH = 8 * 1024         # bytes from which on lines for a room are sent, and not collected
 BACKLOG = 1024               # connections that may wait for accept; with 128, a class that connects
                              # at once waits for seconds: TCP tries again after 1 s, 2 s, ...
 
@@ -58,16 +59,17 @@ closing = False                  # set by Ctrl-C and SIGTERM, looked at by the m
 # - Looking up a room or a name and acting on the answer are one critical section. Otherwise two
 #   clients could both find no room and make two, or both take one name, or enter a room that is
 #   being deleted.
-# - Sending is done under the lock, and so is taking lines out of a room's `unsent`: who takes them
-#   out sends them to all before letting go. So all see the same order, and no two lines mix on one
-#   socket. This is allowed only because send does not wait (on Windows: 10 ms at most).
+# - Sending is done under the lock, and so is putting lines in order, in a room's `unsent`. So all
+#   see the same order, and no two lines mix on one socket. This is allowed only because send does
+#   not wait (on Windows: 10 ms at most).
 # - Nothing that may wait is done under the lock: no recv, no sleep, no line of the log
 #   (but for --trace).
 # - Only a client's own thread changes its name and room (so it may read them without the lock), and
 #   only that thread (or start_thread, if it could not be started) closes the socket, after taking
 #   the client out of `rooms` and `clients`: who finds it there, under the lock, may use its socket.
-# - Without the lock: append to a room's `unsent`, which is one step; and a look at `reason` or
-#   `clients`, which may come a moment too early: then the next look sees the change.
+# - Without the lock: append to a room's `said`, which is one step (only who has the lock takes out);
+#   and a look at `reason` or `clients`, which may come a moment too early: then the next look sees
+#   the change.
 # - Not shared: recv, and a client's other attributes, belong to its own thread. One thread may
 #   receive from a socket while another sends on it: the two directions are independent.
 
@@ -77,32 +79,38 @@ rooms_lock = threading.Lock()
 
 
 class Room:
-    """A named room, its members (Client) in the order of entering, and the lines to send them."""
+    """A named room: its members (Client), in the order of entering, and the lines for them."""
 
     def __init__(self, name):
         self.name = name
         self.members = []
-        self.unsent = collections.deque()    # (speaker, lines as bytes), in the order for all
+        self.said = collections.deque()      # (speaker, lines) that wait for the lock: see say()
+        self.unsent = []                     # (speaker, lines), in the order in which all get them
 
     def broadcast(self):
         """Empty `unsent` and send it to the members, to nobody its own lines. Lock held.
 
-        A newcomer does not get what was said before it entered. It is among the speakers, because
-        its own JOINED is in the batch; so whoever is not a speaker gets everything.
+        A newcomer does not get what is older than its JOINED. That is in the batch too: so the
+        newcomer is among the speakers, and whoever is not gets everything.
         """
-        # One by one: another thread may append meanwhile, without the lock.
-        batch = [self.unsent.popleft() for _ in range(len(self.unsent))]
-        if not batch:                        # another thread has sent it
-            return
+        batch, self.unsent = self.unsent, []
         speakers = {speaker for speaker, _ in batch}
         everything = b"".join(lines for _, lines in batch)
-        for member in self.members:
+        for member in self.members if batch else ():
             if member not in speakers:
                 member.send(everything)
             elif len(batch) > 1:             # else there is only its own
-                since = batch[member.entered_at:]
-                member.send(b"".join(lines for speaker, lines in since if speaker is not member))
+                heard = batch[member.entered_at:]
+                member.send(b"".join(lines for speaker, lines in heard if speaker is not member))
                 member.entered_at = 0
+
+    def broadcast_said(self):
+        """Broadcast some of what waits in `said`: about MAX_BATCH bytes at most. Lock held."""
+        size = 0
+        while self.said and size < MAX_BATCH:
+            self.unsent.append(self.said.popleft())
+            size += len(self.unsent[-1][1])
+        self.broadcast()
 
 
 class Client:
@@ -117,7 +125,7 @@ class Client:
         self.deadline = time.monotonic() + JOIN_SECONDS
         self.unfinished = b""                # a request whose end has not come yet
         self.skipping = False                # in the middle of a request that is too long
-        self.entered_at = 0                  # how many of its room's `unsent` are older than it
+        self.entered_at = 0                  # how many of its room's `unsent` are from before
         self.messages = 0                    # how many it has said
         self.relayed = 0                     # bytes passed on since the last rest
         self.held_back = 0                   # seconds in a row that it has been faster than --rate
@@ -219,8 +227,8 @@ class Client:
     def answer(self, verb):
         """Answer a request that changes nothing: what was asked for, or ERROR."""
         with rooms_lock:
-            for room in rooms:
-                room.broadcast()                     # no answer gets ahead of JOINED
+            if self.room:
+                self.room.broadcast()                # no answer gets ahead of a JOINED
             if verb == "ROOMS":
                 self.tell("ROOMS", *(f"{room.name}={len(room.members)}" for room in rooms))
             elif verb == "WHO" and self.room:
@@ -242,9 +250,10 @@ class Client:
             self.messages += len(said)
             lines = "".join(said).encode()
             self.relayed += len(lines)
-            self.room.unsent.append((self, lines))
-            with rooms_lock:
-                self.room.broadcast()
+            self.room.said.append((self, lines))
+            while self.room.said:                # if not, another thread has sent ours too
+                with rooms_lock:
+                    self.room.broadcast_said()
 
     def join(self, name=None, room_name=None, *more):
         """Enter a room, or move, or take another name: in one step, or not at all and ERROR."""
@@ -266,11 +275,10 @@ class Client:
                 room = Room(room_name or "lobby")
                 rooms.append(room)
                 self.events.append(f"room {room.name} created")
-            moved = room is not self.room
             self.leave_room(room)
             self.name, self.room = name, room
             self.deadline = float("inf")             # who has joined has none
-            self.entered_at = len(room.unsent) if moved else 0
+            self.entered_at = len(room.unsent)
             room.members.append(self)
             room.unsent.append((self, f"JOINED {name}\n".encode()))
             self.tell("WELCOME", room.name, name, f"Welcome to {options.name}, {name}!")
@@ -290,7 +298,7 @@ class Client:
         room, self.room = self.room, None
         if room:
             room.unsent.append((self, f"LEFT {self.name}\n".encode()))
-            room.broadcast()                         # to us too: what was said before we left
+            room.broadcast()                         # to us too: who has entered before we left
             room.members.remove(self)
             self.events.append(f"{self.name} left {room.name}")
             if not room.members and room is not to:
@@ -505,9 +513,9 @@ def parse_arguments():
 
 def main():
     """Run the server. Exit status: 0 when it was closed, 1 when it cannot listen."""
-    parse_arguments()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    parse_arguments()
     threading.current_thread().name = "main"
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(threadName)-9s %(message)s",
                         datefmt="%H:%M:%S")

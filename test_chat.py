@@ -200,6 +200,11 @@ class Peer:
         self.says("WHO")
         self.hears("WHO .*")
 
+    def hears_nothing_but(self, *patterns):
+        """These lines are all that was sent to us so far."""
+        self.hears(*patterns)
+        self.hears_nothing()
+
     def hears_end(self, *patterns):
         """After lines like these the connection is closed, in order."""
         if patterns:
@@ -468,15 +473,59 @@ def test_rule_5_said_to_one_who_takes_another_name(start, tmp_path):
         alice.hears_sometime(f"MSG bob hi {name}")
 
 
-def test_rule_5_said_to_one_who_leaves(start, tmp_path):
-    line = "        room, self.room = self.room, None\n"
-    server = start(Server, script=edited(tmp_path, "server.py", (line, line + "        time.sleep(0.05)\n")))
-    alice, bob = server.join("alice"), server.join("bob")
-    alice.hears("JOINED bob")
+def test_rule_5_entering_while_somebody_leaves(start, tmp_path):
+    script = edited(tmp_path, "server.py", ("JOINED_SECONDS = 0.001 ", "JOINED_SECONDS = 0.2 "))
+    server = start(Server, script=script)
+    alice, bob, carol = server.join("alice"), server.join("bob"), server.join("carol")
+    alice.hears_nothing_but("JOINED bob", "JOINED carol")
+    bob.hears_nothing_but("JOINED carol")
+    server.join("dave")
     bob.says("JOIN bob den")
-    alice.says("MSG hi")                             # its thread has to wait for the lock
-    bob.hears("MSG alice hi", "WELCOME den bob .*")
-    alice.hears("LEFT bob")
+    carol.says("LEAVE")
+    alice.hears("JOINED dave", "LEFT (bob|carol)", "LEFT (bob|carol)")
+    bob.hears("JOINED dave")
+    bob.hears_sometime("WELCOME den bob .*")
+    carol.hears("JOINED dave")
+    carol.hears_sometime("BYE .*")
+
+
+def test_rule_5_who_moves_hears_what_the_others_hear(start):
+    """From JOINED until LEFT the others of a room hear the same as who moves in and out all the time."""
+    server = start(Server, "--rate", 0)
+    peers = {f"{kind}-{room}": server.join(f"{kind}-{room}", room) for kind in ("watch", "talk") for room in ("red", "blue")}
+    peers.update({name: server.join(name, "hall") for name in ("mary", "moe")})
+    heard = {name: [] for name in peers}
+
+    def listen(name):
+        while not (heard[name] and heard[name][-1].startswith("BYE ")):
+            heard[name].append(peers[name].line())
+
+    def move(name):
+        for number in range(0, 200, 4):
+            peers[name].says(*(f"JOIN {name}{n} {('red', 'blue')[n % 2]}" for n in range(number, number + 4)))
+            peers[name].says("MSG hi")
+
+    def talk(name):
+        while any(thread.is_alive() for thread in movers):
+            peers[name].says("MSG hello", "MSG again")
+            time.sleep(0.001)
+    listeners = {name: threading.Thread(target=listen, args=(name,)) for name in peers}
+    movers = [threading.Thread(target=move, args=(name,)) for name in ("mary", "moe")]
+    talkers = [threading.Thread(target=talk, args=(name,)) for name in peers if name.startswith("talk")]
+    for thread in (*listeners.values(), *movers, *talkers):
+        thread.start()
+    for thread in (*movers, *talkers):
+        thread.join()
+    for name in reversed(list(peers)):                       # those who watch leave last
+        peers[name].says("LEAVE")
+        listeners[name].join(PATIENCE)
+    for name in ("mary", "moe"):
+        stays = re.findall(r"^WELCOME (red|blue) (\w+) .*\n((?:(?!WELCOME|BYE).*\n)*)", "\n".join(heard[name]), re.M)
+        assert len(stays) == 200
+        for room, called, lines in stays:
+            others = "\n".join(heard[f"watch-{room}"])
+            expected = re.search(rf"^JOINED {called}\n((?:.*\n)*?)LEFT {called}$", others, re.M).group(1)
+            assert lines == re.sub(rf"^MSG {called} .*\n", "", expected, flags=re.M), called
 
 
 def test_rule_5_same_order_for_everyone(server):
@@ -925,6 +974,25 @@ def test_sixty_at_once_with_long_names(server):
                 heard[peer] += peer.sock.recv(1 << 20).count(b"x")
         assert time.monotonic() < end and "dropped" not in server.err
     assert set(heard.values()) == {59 * 170}
+
+
+def test_eighty_at_once_with_longer_names(server):
+    """What eighty say in one moment is more than a send buffer holds. Who reads is not dropped for it."""
+    reader = server.join("reader")
+    peers = [server.connect() for _ in range(80)]
+    for n, peer in enumerate(peers):
+        peer.says(f"JOIN {'𠀀' * 18}{n}")
+    for peer in peers:
+        peer.hears_sometime("WELCOME .*")
+    reader.hears_sometime("JOINED .*")
+    for peer in peers:
+        peer.sends(b"MSG x\n" * 85)
+    heard, end = 0, time.monotonic() + PATIENCE
+    while heard < 80 * 85:
+        heard += reader.sock.recv(1 << 20).count(b" x\n")
+        assert time.monotonic() < end
+    reader.says("WHO")
+    reader.hears_sometime(".*WHO reader .*")
 
 
 def test_rule_11_flooder_that_has_gone_from_a_silent_room(start, tmp_path):

@@ -56,6 +56,7 @@ class Terminal:
     def __init__(self):
         sys.stdin = sys.stdin or open(os.devnull)            # None: closed by who started us
         sys.stdout = sys.stdout or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w")
         sys.stdin.reconfigure(errors="replace")
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -95,6 +96,8 @@ class Terminal:
                     text = above_prompt(text, prompt, typed, cursor)
                 elif prompt:
                     text = f"\r{text}{prompt}"
+                elif self.redraws:
+                    text = f"\r\033[J{text}"         # keys typed before the prompt: it shows them
                 sys.stdout.write(text)
                 sys.stdout.flush()
             except OSError:
@@ -108,7 +111,7 @@ class Terminal:
 
         In the other thread readline first takes a key in and then draws it. So look twice: what
         has not changed for 10 ms is drawn. Known flaw: a key pressed just after the second look
-        appears in the wrong place; what is sent is right.
+        may be missing from the screen, or in the wrong place; what is sent is right.
         """
         before, now = None, self.look()
         while self.redraws and self.prompt and now != before:

@@ -1437,8 +1437,9 @@ def test_client_whose_output_nobody_reads(server, start):
         assert robot.wait(PATIENCE) == 0 and not robot.stderr.read()
 
 
-def test_client_without_standard_input_and_output(server, start):
-    with_nothing = start(Process, "-c", "import os, sys; os.close(0); os.close(1); os.execv(sys.executable, "
+@pytest.mark.parametrize("closed", [(0, 1), (2,), (0, 1, 2)])
+def test_client_without_standard_input_output_or_error(server, start, closed):
+    with_nothing = start(Process, "-c", f"import os, sys; [os.close(number) for number in {closed}]; os.execv(sys.executable, "
                          f"[sys.executable, 'client.py', '127.0.0.1', '{server.port}', '--name', 'x'])")
     assert with_nothing.status() == 0 and with_nothing.err == ""
 
@@ -1460,6 +1461,30 @@ def test_client_when_the_connection_is_reset(liar, start):
     sock.close()
     assert ann.status(3) == 1 and ann.err.startswith("client.py: connection lost")
     assert ann.leaves_terminal_as_it_was()
+
+
+def test_client_keys_before_the_prompt(liar, start):
+    """What is typed while no prompt stands there is echoed by the system; a message takes its place."""
+    ann = start(Person, liar.port, "--name", "ann")
+    sock = liar.accepts(b"")
+    ann.type("half")
+    ann.sees("half")
+    sock.sendall(b"MSG bob hi\n")
+    ann.sees("bob: hi")
+    sock.sendall(b"WELCOME r ann hi\n")
+    ann.sees("bob: hi", "* hi You are ann in r.", "> half")
+
+
+def test_client_on_a_terminal_without_a_width(server, start):
+    ann = start(Person, server.port, "--name", "ann")
+    ann.sees("in lobby.", ">")
+    ann.resize(0)
+    ann.columns = 80                                         # what it is taken for
+    ann.type("half")
+    bob = server.join("bob")
+    for number in range(5):
+        bob.says(f"MSG {number}")
+        ann.sees(*(f"bob: {earlier}" for earlier in range(number + 1)), "> half")
 
 
 # ---- Lies ---------------------------------------------------------------------------------------

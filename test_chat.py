@@ -10,6 +10,7 @@ import ast
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import os
 import pty
 import re
@@ -41,7 +42,7 @@ def eventually(condition, what="it", seconds=PATIENCE):
         if value:
             return value
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.01)
+        time.sleep(0.005)
 
 
 def edited(tmp_path, script, *edits):
@@ -110,12 +111,16 @@ class Process:
 
 
 class Server(Process):
-    """A running server; `port` is where it listens."""
+    """A running server."""
 
     def __init__(self, *arguments, script=HERE / "server.py", **more):
         super().__init__(script, 0, *arguments, **more)
-        self.port = int(eventually(lambda: re.search(r" listening on \S+:(\d+) ", self.err), "the server to listen").group(1))
         self.peers = []
+
+    @functools.cached_property
+    def port(self):
+        """Where it listens; wait until it does."""
+        return int(self.logs(r" listening on \S+:(\d+) ").group(1))
 
     def connect(self, **options):
         peer = Peer(self.port, **options)
@@ -245,9 +250,21 @@ def start():
         process.stop()
 
 
+@pytest.fixture(scope="module")
+def next_server():
+    """A list with the next test's server, which starts up while this test is running."""
+    servers = [Server()]
+    yield servers
+    servers.pop().stop()
+
+
 @pytest.fixture
-def server(start):
-    return start(Server)
+def server(next_server):
+    next_server.append(Server())
+    server = next_server.pop(0)
+    assert server.port
+    yield server
+    server.stop()
 
 
 def client(server, *arguments, typed=None):
@@ -920,7 +937,7 @@ def test_rule_11_flood(start):
     with Conversation(server) as conversation:
         mallory = server.join("mallory")
         started = time.monotonic()
-        flood(mallory, 0.7)
+        flood(mallory, 0.5)
         relayed = sum(len(line) + 1 for line in conversation.others if line.startswith("MSG mallory"))
         relayed /= 2                                 # ann and ben both heard it
         assert 0.5 * rate < relayed / (time.monotonic() - started) < 1.15 * rate
@@ -943,7 +960,7 @@ def test_rule_11_nothing_of_a_flood_is_lost(start):
 def test_thirty_flooders(server):
     with Conversation(server) as conversation:
         flooders = [server.join(f"flooder{n}") for n in range(30)]
-        threads = [threading.Thread(target=flood, args=(peer, 0.7)) for peer in flooders]
+        threads = [threading.Thread(target=flood, args=(peer, 0.5)) for peer in flooders]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -976,36 +993,35 @@ def test_sixty_at_once_with_long_names(server):
     assert set(heard.values()) == {59 * 170}
 
 
-def test_eighty_at_once_with_longer_names(server):
-    """What eighty say in one moment is more than a send buffer holds. Who reads is not dropped for it."""
+def test_ninety_at_once_with_longer_names(server):
+    """What ninety say in one moment is more than a send buffer holds. Who reads is not dropped for it."""
     reader = server.join("reader")
-    peers = [server.connect() for _ in range(80)]
+    peers = [server.connect() for _ in range(90)]
     for n, peer in enumerate(peers):
         peer.says(f"JOIN {'𠀀' * 18}{n}")
     for peer in peers:
         peer.hears_sometime("WELCOME .*")
-    reader.hears_sometime("JOINED .*")
     for peer in peers:
-        peer.sends(b"MSG x\n" * 85)
-    heard, end = 0, time.monotonic() + PATIENCE
-    while heard < 80 * 85:
-        heard += reader.sock.recv(1 << 20).count(b" x\n")
-        assert time.monotonic() < end
-    reader.says("WHO")
-    reader.hears_sometime(".*WHO reader .*")
+        peer.sends(b"MSG x\n" * 84 + b"LEAVE\n")
+    heard = b""
+    while heard.count(b"LEFT ") < 90:
+        data = reader.sock.recv(1 << 20)
+        assert data, "the reader was dropped"
+        heard += data
+    assert heard.count(b" x\n") > 20 * 84           # not 90: these do not read, so some may have been dropped
 
 
 def test_rule_11_flooder_that_has_gone_from_a_silent_room(start, tmp_path):
     """Its kernel goes on sending what it had sent ahead, unless a line from the server is refused."""
     script = edited(tmp_path, "server.py", ("HELD_BACK_SECONDS = 8 ", "HELD_BACK_SECONDS = 0.2 "))
-    server = start(Server, "--rate", 65536, script=script)
+    server = start(Server, "--rate", 131072, script=script)
     alice, mallory = server.join("alice"), server.join("mallory")
     mallory.sock.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while True:
             mallory.sock.send(b"MSG all that the kernel takes\n" * 100)
     mallory.sock.settimeout(PATIENCE)
-    mallory.hears("ERROR too fast: .*65536.*")
+    mallory.hears("ERROR too fast: .*131072.*")
     mallory.sock.close()
     alice.hears_sometime("LEFT mallory", seconds=3)
 
@@ -1040,7 +1056,7 @@ def test_requests_are_cheap(start):
         peers = {name: server.connect() for name in floods}
         for peer in peers.values():
             peer.says("JOIN")
-        threads = [threading.Thread(target=flood, args=(peers[name], 0.7, floods[name])) for name in floods]
+        threads = [threading.Thread(target=flood, args=(peers[name], 0.5, floods[name])) for name in floods]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -1096,7 +1112,7 @@ def test_rule_12_closing(server, signum):
 
 def test_rule_12_closing_in_the_middle_of_it(start, tmp_path):
     """Flooders, one that does not read, one that has not joined: all that read get BYE."""
-    script = edited(tmp_path, "server.py", ("FAREWELL_SECONDS = 2 ", "FAREWELL_SECONDS = 0.5 "))
+    script = edited(tmp_path, "server.py", ("FAREWELL_SECONDS = 2 ", "FAREWELL_SECONDS = 0.3 "))
     server = start(Server, "--rate", 30000, script=script)
     alice, silent, frozen = server.join("alice"), server.connect(), server.join("frozen")
     flooders = [server.join(f"flooder{n}") for n in range(5)]
@@ -1126,7 +1142,7 @@ def test_rule_12_closing_in_the_middle_of_it(start, tmp_path):
     eventually(lambda: b"MSG flooder" in last.get(alice, b""), "some traffic")
     started = time.monotonic()
     assert server.close() == 0
-    assert 0.5 < time.monotonic() - started < 1.5    # with 2 s for the farewell: 3 s
+    assert 0.3 < time.monotonic() - started < 1.3    # with 2 s for the farewell: 3 s
     for thread in threads:
         thread.join()
     assert [tail.rpartition(b"\n")[0].rpartition(b"\n")[2] for tail in last.values()] == [b"BYE the server is closing"] * 7
@@ -1149,6 +1165,7 @@ def test_closing_with_nobody_there(server):
 
 def test_first_line_of_the_log(start):
     server = start(Server, "--name", "Room 12\x1b[2J")
+    server.logs("listening")
     assert re.search(r"^\d\d:\d\d:\d\d main +Room 12\ufffd\[2J listening on 127\.0\.0\.1:\d+ .*--host", server.err)
     peer = server.connect()
     peer.says("JOIN ann")
@@ -1555,7 +1572,7 @@ def test_client_keeps_what_is_being_typed(start):
     ann = start(Person, server.port, "--name", "ann")
     ann.sees("in lobby.", ">")
     bob.hears("JOINED ann")
-    for typed in ("x" * 37, "x" * 38, "x" * 39, "x" * 77, "x" * 78, "x" * 79, "日本語" * 6 + "x", "日" * 19,
+    for typed in ("x" * 38, "x" * 39, "x" * 78, "日本語" * 6 + "x", "日" * 19,
                   "x" + "日" * 19, "😀" * 40, "é" * 40, "שלום " * 9):
         ann.type(typed)
         lines, _, column = screen("> " + typed, ann.columns)

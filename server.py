@@ -32,7 +32,7 @@ HELD_BACK_SECONDS = 8        # between two warnings to a client that sends too f
 SEND_BUFFER = 256 * 1024     # bytes that may wait in the kernel for a client that reads slowly
 RECEIVE_BUFFER = 64 * 1024   # bytes that a client may have sent ahead, in the kernel too
 CHUNK = 4096                 # bytes taken from a socket at once, at most
-MAX_BATCH = 8 * 1024         # bytes from which on lines for a room are sent, and not collected
+MAX_BATCH = 8 * 1024         # bytes of several speakers sent at once: far less than SEND_BUFFER
 BACKLOG = 1024               # connections that may wait for accept; with 128, a class that connects
                              # at once waits for seconds: TCP tries again after 1 s, 2 s, ...
 
@@ -67,9 +67,9 @@ closing = False                  # set by Ctrl-C and SIGTERM, looked at by the m
 # - Only a client's own thread changes its name and room (so it may read them without the lock), and
 #   only that thread (or start_thread, if it could not be started) closes the socket, after taking
 #   the client out of `rooms` and `clients`: who finds it there, under the lock, may use its socket.
-# - Without the lock: append to a room's `said`, which is one step (only who has the lock takes out);
-#   and a look at `reason` or `clients`, which may come a moment too early: then the next look sees
-#   the change.
+# - Without the lock: append to a room's `said`, which is one step (taking out is done under the
+#   lock); and a look at `reason` or `clients`, which may come a moment too early: then the next
+#   look sees the change.
 # - Not shared: recv, and a client's other attributes, belong to its own thread. One thread may
 #   receive from a socket while another sends on it: the two directions are independent.
 
@@ -94,9 +94,11 @@ class Room:
         newcomer is among the speakers, and whoever is not gets everything.
         """
         batch, self.unsent = self.unsent, []
+        if not batch:
+            return
         speakers = {speaker for speaker, _ in batch}
         everything = b"".join(lines for _, lines in batch)
-        for member in self.members if batch else ():
+        for member in self.members:
             if member not in speakers:
                 member.send(everything)
             elif len(batch) > 1:             # else there is only its own
@@ -105,7 +107,7 @@ class Room:
                 member.entered_at = 0
 
     def broadcast_said(self):
-        """Broadcast some of what waits in `said`: about MAX_BATCH bytes at most. Lock held."""
+        """Broadcast what waits in `said`, but stop at MAX_BATCH bytes. Lock held."""
         size = 0
         while self.said and size < MAX_BATCH:
             self.unsent.append(self.said.popleft())
@@ -125,7 +127,7 @@ class Client:
         self.deadline = time.monotonic() + JOIN_SECONDS
         self.unfinished = b""                # a request whose end has not come yet
         self.skipping = False                # in the middle of a request that is too long
-        self.entered_at = 0                  # how many of its room's `unsent` are from before
+        self.entered_at = 0                  # how many of its room's `unsent` are older than that
         self.messages = 0                    # how many it has said
         self.relayed = 0                     # bytes passed on since the last rest
         self.held_back = 0                   # seconds in a row that it has been faster than --rate
@@ -251,7 +253,7 @@ class Client:
             lines = "".join(said).encode()
             self.relayed += len(lines)
             self.room.said.append((self, lines))
-            while self.room.said:                # if not, another thread has sent ours too
+            while self.room.said:                # if not, another thread has taken ours too
                 with rooms_lock:
                     self.room.broadcast_said()
 

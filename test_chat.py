@@ -2247,6 +2247,7 @@ def fan_out(server, clients, talkers, count, pause):
     seconds later. The delay of a message is the time until the last of the others has heard it.
     Nothing may be lost; how long it takes is not judged.
     """
+    server.logs("listening")
     before = server.rss()
     peers = [server.join(f"p{n}") for n in range(clients)]
     for peer in peers:

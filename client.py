@@ -136,7 +136,7 @@ def readline_variables():
     They are ctypes objects, whose `value` (bytes, int) may be read while the other thread types.
     What is read may be half old, half new, or garbage while readline moves a long line: the next
     look corrects it. readline.get_line_buffer() must not be called then: the line changes while it
-    is converted, and the C library aborts the process (seen in 2 of 600 tests).
+    is converted, and the C library aborts the process (seen in tests under load).
     (None, None) where there are no such variables, and with libedit, which macOS calls readline:
     it does not keep them up to date.
     """

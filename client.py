@@ -290,7 +290,7 @@ class Chat:
             for lines in received_lines(self.sock):
                 shown = [self.hear(line) for line in lines]
                 self.terminal.show(*filter(None, shown))
-                if any(line.startswith(("WELCOME ", "ERROR")) for line in lines):
+                if any(line.split(" ")[0] in ("WELCOME", "ERROR") for line in lines):
                     self.answered.set()
                 if self.end:
                     break

@@ -127,7 +127,7 @@ class Client:
         self.deadline = time.monotonic() + JOIN_SECONDS
         self.unfinished = b""                # a request whose end has not come yet
         self.skipping = False                # in the middle of a request that is too long
-        self.entered_at = 0                  # how many of its room's `unsent` are older than that
+        self.entered_at = 0                  # how many in its room's `unsent` are older than it
         self.messages = 0                    # how many it has said
         self.relayed = 0                     # bytes passed on since the last rest
         self.held_back = 0                   # seconds in a row that it has been faster than --rate
@@ -207,16 +207,16 @@ class Client:
 
     def handle(self, data):
         """Carry out, in order, the requests that `data` (bytes, just received) completes."""
-        said = []            # messages in a row are passed on together: 3 times as fast in bursts
+        lines = []           # messages in a row are passed on together: 3 times as fast in bursts
         for request in self.requests(data):
             verb, _, text = request.partition(" ")
             verb = verb.upper()
             if verb == "MSG" and self.room:
                 if text.strip():
-                    said.append(f"MSG {self.name} {text}\n")
+                    lines.append(f"MSG {self.name} {text}\n")
                 continue
-            self.say(said)
-            said = []
+            self.say(lines)
+            lines = []
             if verb == "JOIN":
                 self.join(*text.split())
                 self.write_log()
@@ -224,7 +224,7 @@ class Client:
                 return self.leave("you said LEAVE")
             elif verb:
                 self.answer(verb)
-        self.say(said)
+        self.say(lines)
 
     def answer(self, verb):
         """Answer a request that changes nothing: what was asked for, or ERROR."""
@@ -242,17 +242,17 @@ class Client:
             else:
                 self.tell("ERROR", "unknown request; there are JOIN, MSG, WHO, ROOMS and LEAVE")
 
-    def say(self, said):
-        """Pass on the MSG lines in the list `said` to the others in the room.
+    def say(self, lines):
+        """Pass on `lines`, a list of MSG lines, to the others in the room.
 
-        While one thread sends, others wait for the lock, each with lines to say. The next to get
-        it sends them all, with one send per receiver: a full lecture hall is 1.2 times as fast.
+        While one thread sends, others wait for the lock, each with lines to say. The next to get it
+        sends them together, with one send per receiver: a full lecture hall is 1.2 times as fast.
         """
-        if said:
-            self.messages += len(said)
-            lines = "".join(said).encode()
-            self.relayed += len(lines)
-            self.room.said.append((self, lines))
+        if lines:
+            self.messages += len(lines)
+            data = "".join(lines).encode()
+            self.relayed += len(data)
+            self.room.said.append((self, data))
             while self.room.said:                # if not, another thread has taken ours too
                 with rooms_lock:
                     self.room.broadcast_said()

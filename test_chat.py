@@ -134,6 +134,15 @@ class Server(Process):
         peer.hears(rf"WELCOME \S+ {name} .*")
         return peer
 
+    def join_all(self, names):
+        """Return a Peer for each name; they join at once, and may have heard JOINED of others."""
+        peers = {name: self.connect() for name in names}
+        for name, peer in peers.items():
+            peer.says(f"JOIN {name}")
+        for name, peer in peers.items():
+            peer.hears_sometime(rf"WELCOME \S+ {name} .*")
+        return list(peers.values())
+
     def logs(self, pattern, seconds=PATIENCE):
         """Wait for a line of the log that matches."""
         return eventually(lambda: re.search(pattern, self.err), f"{pattern!r} in the log:\n{self.err}", seconds)
@@ -974,11 +983,7 @@ def test_thirty_flooders(server):
 
 def test_sixty_at_once_with_long_names(server):
     """Passed on, `MSG x` of somebody with a long name is eleven times as long. Nobody is dropped for it."""
-    peers = [server.connect() for _ in range(60)]
-    for n, peer in enumerate(peers):
-        peer.says(f"JOIN {'漢' * 18}{n}")
-    for peer in peers:
-        peer.hears_sometime("WELCOME .*")
+    peers = server.join_all(f"{'漢' * 18}{n}" for n in range(60))
     for peer in peers:
         peer.sends(b"MSG x\n" * 170)
     time.sleep(0.3)                                  # so long nobody reads
@@ -996,11 +1001,7 @@ def test_sixty_at_once_with_long_names(server):
 def test_ninety_at_once_with_longer_names(server):
     """What ninety say in one moment is more than a send buffer holds. Who reads is not dropped for it."""
     reader = server.join("reader")
-    peers = [server.connect() for _ in range(90)]
-    for n, peer in enumerate(peers):
-        peer.says(f"JOIN {'𠀀' * 18}{n}")
-    for peer in peers:
-        peer.hears_sometime("WELCOME .*")
+    peers = server.join_all(f"{'𠀀' * 18}{n}" for n in range(90))
     for peer in peers:
         peer.sends(b"MSG x\n" * 84 + b"LEAVE\n")
     heard = b""

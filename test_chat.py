@@ -368,8 +368,8 @@ def test_rule_1_room_alone_keeps_its_age(server):
 def test_rule_2_good_names(server):
     for name in ("a", "x" * 20, "Ann_Lee-2", "Ünïcödé", "名前", "Имя", "١٢", "_"):
         peer = server.join(name, name)
-        peer.says("WHO")
-        peer.hears(f"WHO {name}")
+        peer.says("WHO", "ROOMS")
+        peer.hears(f"WHO {name}", f"ROOMS (.* )?{name}=1")
 
 
 def test_rule_2_bad_names(server):

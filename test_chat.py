@@ -998,10 +998,13 @@ def test_sixty_at_once_with_long_names(server):
     assert set(heard.values()) == {59 * 170}
 
 
-def test_ninety_at_once_with_longer_names(server):
-    """What ninety say in one moment is more than a send buffer holds. Who reads is not dropped for it."""
+def test_ninety_at_once_with_longer_names(start, tmp_path):
+    """What ninety say while they wait for the lock is more than a send buffer holds. Who reads is not dropped."""
+    line = '            if verb == "ROOMS":\n'
+    server = start(Server, script=edited(tmp_path, "server.py", (line, f'{line}                time.sleep(0.3)\n')))
     reader = server.join("reader")
     peers = server.join_all(f"{'𠀀' * 18}{n}" for n in range(90))
+    reader.says("ROOMS")                             # holds the lock so long that all the others have to wait
     for peer in peers:
         peer.sends(b"MSG x\n" * 84 + b"LEAVE\n")
     heard = b""

@@ -25,7 +25,6 @@ import time
 MAX_REQUEST = 1024                       # bytes in a request, its line ending not counted
 NAME = re.compile(r"[\w-]{1,20}")        # \w is a letter of any script, a digit or _
 DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)       # Windows has no such flag: see listen
-
 log = logging.getLogger("chat")
 options = argparse.Namespace()           # the command line; never changed once threads run
 closing = threading.Event()              # set by Ctrl-C and SIGTERM
@@ -147,8 +146,8 @@ class Client:
                 self.tell("ERROR", f"a request is at most {MAX_REQUEST} bytes long")
             elif verb.upper() == "MSG" and self.room:
                 texts.append(text)       # messages in a row leave together, which is faster
-            else:
-                passed_on += self.say(texts)
+            elif verb:
+                passed_on += self.say(texts) + REQUEST_BYTES
                 texts = []
                 self.carry_out(verb.upper(), text)
         return passed_on + self.say(texts)
@@ -171,7 +170,7 @@ class Client:
             self.tell("WHO", *(member.name for member in self.room.members))
         elif verb in ("MSG", "WHO"):
             self.tell("ERROR", "join a room first: JOIN [name [room]]")
-        elif verb:
+        else:
             self.tell("ERROR", "unknown request; there are JOIN, MSG, WHO, ROOMS and LEAVE")
 
     def join(self, *words):
@@ -287,10 +286,11 @@ TICK_SECONDS = 0.1           # how often the main thread looks at deadlines, and
 SEND_BUFFER = 256 * 1024     # bytes that may wait in the kernel for a client that reads slowly
 RECEIVE_BUFFER = 64 * 1024   # bytes that a client may have sent ahead, in the kernel too
 CHUNK = 4096                 # bytes that one recv returns at most
+REQUEST_BYTES = 100          # what other requests than MSG count for at --rate: JOIN is dear
 BACKLOG = 1024               # connections that may wait for accept; with 128, 500 at once take 3 s
 
-# What must not reach other people's terminals: control characters (C0, DEL, C1), line and paragraph
-# separators, and the bidirectional controls, which turn text around. A tab becomes a space.
+# What must not reach other people's terminals: control characters (C0, DEL, C1), separators of
+# lines and paragraphs, and bidirectional controls, which turn text around. A tab becomes a space.
 UNSAFE = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 SAFE_TEXT = {**dict.fromkeys(UNSAFE, "\ufffd"), ord("\t"): " "}
 
@@ -383,7 +383,7 @@ def main():
     signal.signal(signal.SIGTERM, stop)
     try:
         listener = listen(options.host, options.port)
-    except (OSError, UnicodeError) as error:                 # UnicodeError: not even a host name
+    except (OSError, TypeError) as error:                    # TypeError: not even a host name
         words = str(getattr(error, "strerror", error)).partition(" (")[0]
         sys.exit(f"server.py: cannot listen on {options.host}:{options.port}: {words}; "
                  "take another port, or for --host an address of this machine")

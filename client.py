@@ -13,7 +13,8 @@
 
 The main thread waits for a line to be typed, and sends it. The reader thread waits for lines from
 the server. It does not write them itself, but rings a bell: a signal, which interrupts the main
-thread, and that writes them above what is being typed. So only one thread writes to the terminal.
+thread, and that writes them above what is being typed. So only one thread uses the terminal.
+(Windows has no such signal: there the reader thread writes.)
 """
 import argparse
 import contextlib
@@ -27,14 +28,15 @@ import threading
 
 try:
     import readline                      # gives input() line editing and a history
-    editor = ctypes.PyDLL(getattr(readline, "__file__", None))   # its functions in C
+    # Its functions in C, which Python does not offer. (PyDLL: no other thread runs meanwhile.)
+    editor = ctypes.PyDLL(getattr(readline, "__file__", None))
     redraw = editor.rl_forced_update_display
     clear = getattr(editor, "rl_clear_visible_line", None)       # libedit (macOS) has none
     state = clear and ctypes.c_ulong.in_dll(editor, "rl_readline_state")
 except (ImportError, AttributeError, OSError, ValueError):       # Windows has no readline
     redraw = None
 
-HELP = __doc__.split("\n\n")[2]
+HELP = __doc__.split("\n\n")[2]          # the commands, from above
 MAX_TEXT = 1024 - len("MSG ")            # bytes of text that fit into one request
 MAX_WAITING = 64 * 1024                  # bytes: in the kernel, each way (its own megabytes would
                                          # keep a flood going for minutes), or of an endless line
@@ -45,19 +47,18 @@ BELL = getattr(signal, "SIGUSR1", None)  # Windows has none
 # What must not reach the terminal, whatever the server says; it has the same table.
 UNSAFE = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 SAFE_TEXT = {**dict.fromkeys(UNSAFE, "\ufffd"), ord("\t"): " "}
-
 # The colours of names: those of the 256 that can be read on white and on black.
 COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]
 
 
 class Terminal:
-    """Keyboard and screen. Only the main thread uses them; the reader thread calls show()."""
+    """Keyboard and screen. Only the main thread uses them; the reader thread only calls show()."""
 
     def __init__(self):
-        for name in ("stdin", "stdout", "stderr"):           # None: closed by who started us
+        for name in ("stdin", "stdout", "stderr"):           # None: closed by whoever started us
             setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))
         sys.stdin.reconfigure(errors="replace")
-        # Without a buffer, which would be locked while main writes: the bell may interrupt that.
+        # Unbuffered: the bell may write in the middle of a write, which a buffer does not allow.
         self.screen = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.escape_codes = (self.interactive and os.environ.get("TERM") != "dumb"
@@ -84,43 +85,44 @@ class Terminal:
             self.prompt = ""
 
     def show(self, lines):
-        """Have the main thread write `lines` (str) or, if None, leave what it is waiting for.
-
-        A signal that comes while readline is busy with a key does not end its waiting for the next
-        key: so ring again and again.
-        """
+        """Have the main thread write `lines` (str) or, if None, stop waiting for anything."""
         if not BELL:
             return self.write(lines or "* the server has gone; press Enter")
         self.shown.clear()
         self.waiting.append(lines)
+        # A signal just before input() waits for a key is noticed only after that key: ring again.
         while not self.shown.is_set():
             signal.pthread_kill(threading.main_thread().ident, BELL)
             self.shown.wait(0.01)
 
     def answer_bell(self, _signum, _frame):
-        """Do what show() asks for. Python runs this in the main thread, between two keys."""
+        """Do what show() asks for. Python runs this in the main thread, whatever that waits for."""
         with contextlib.suppress(IndexError):                # it has been done: the bell rang twice
             lines = self.waiting.pop()
             try:
                 if lines is not None:
                     self.write(lines)
                 elif not self.leaving:
-                    raise ConnectionError
+                    raise ConnectionError                    # out of input(), wait() or sendall()
             finally:
                 self.shown.set()
 
     def write(self, lines):
-        """Write `lines` (str), above the prompt and what is being typed. Raises OSError."""
-        # GNU readline says whether it has drawn the prompt (RL_STATE_CALLBACK); libedit does not.
+        """Write `lines` (str) above the prompt and what is being typed. Raises OSError."""
+        # GNU readline tells whether it has drawn the prompt (RL_STATE_CALLBACK); libedit does not.
         editing = self.redraws and self.prompt and (not clear or state.value & 0x80000)
         if editing and clear:
             clear()
             editor.fflush(None)
         before = "\r\033[J" if self.escape_codes else "\r" if self.prompt else ""
-        text = f"{before}{lines}\n{'' if self.redraws else self.prompt}"
-        data = text.encode(sys.stdout.encoding, "replace")
-        while data:
-            data = data[self.screen.write(data):]
+        after = "" if self.redraws else self.prompt
+        data = f"{before}{lines}\n{after}".encode(sys.stdout.encoding, "replace")
+        try:
+            while data:
+                data = data[self.screen.write(data):]
+        except OSError:                  # nobody reads our output any more: leave
+            if not self.leaving:
+                raise
         if editing:
             redraw()
 
@@ -133,16 +135,17 @@ class Terminal:
 class Chat:
     """The conversation: main sends what is typed, the reader thread hears what the server says.
 
-    What the two share needs no lock: only main sends, only the reader thread receives, and that
-    alone assigns `name`, `refusal` and `end`, each in one step.
+    What the two share needs no lock. Only main sends, only the reader thread receives. The reader
+    thread assigns `name`, `refusal` and `end`, each in one step, and main looks at them when
+    `answered` is set. What is to be shown waits alone: the reader thread waits until it is shown.
     """
 
-    def __init__(self, sock, terminal):
-        self.sock = sock
+    def __init__(self, terminal, sock):
         self.terminal = terminal
+        self.sock = sock
         self.name = None                     # who we are, as the last WELCOME said
-        self.refusal = None                  # what the last ERROR said; "" after a WELCOME
-        self.answered = threading.Event()    # set when one of the two has come
+        self.refusal = None                  # the answer to JOIN: what ERROR said, "" for WELCOME
+        self.answered = threading.Event()    # set when that has been shown
         self.end = None                      # (exit status, reason) when the connection has ended
         self.reader = threading.Thread(target=self.read, name="reader", daemon=True)
 
@@ -150,33 +153,32 @@ class Chat:
 
     def run(self, name, room):
         """Join, say what is typed, leave. Ends the process if the connection is lost."""
-        try:
-            with contextlib.suppress(OSError):       # from the bell, send, or write
-                try:
-                    self.reader.start()
-                    with contextlib.suppress(EOFError):
-                        self.enter(name, room)
-                        self.talk()
-                    self.send("LEAVE")
-                finally:
-                    self.terminal.leaving = True     # so the bell raises nothing any more
-                self.reader.join()                   # BYE comes when all has been delivered
-        except KeyboardInterrupt:                    # perhaps in the midst of a line: so no LEAVE
-            pass
+        # The ways out: EOFError is Ctrl-D (/quit returns). KeyboardInterrupt is Ctrl-C: it may have cut
+        # a line, so no LEAVE. OSError comes from the bell or from send when the connection has
+        # ended, and from write when nobody reads our output.
+        with contextlib.suppress(OSError, KeyboardInterrupt):
+            try:
+                self.reader.start()
+                with contextlib.suppress(EOFError):
+                    self.enter(name, room)
+                    self.talk()
+            finally:
+                self.terminal.leaving = True         # from here on the bell raises nothing
+            self.send("LEAVE")
+            self.reader.join()                       # BYE comes when all has been delivered
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(OSError):           # nobody reads our output
-            self.reader.join(GOODBYE_SECONDS)
-            status, reason = self.end or (0, "you have left")
-            if status:
-                sys.exit(f"client.py: {reason}")
-            self.notice(reason)
+        self.reader.join(GOODBYE_SECONDS)
+        status, reason = self.end or (0, "you have left")
+        if status:
+            sys.exit(f"client.py: {reason}")
+        self.notice(reason)
 
     def enter(self, name, room):
         """Join under `name`, or else as what is typed, until the server accepts it."""
         while not self.name and not self.end:
             typed = self.terminal.ask("Your name: ") if name is None else name
-            self.join("_".join(typed.split()), room)         # a space would begin the room's name
+            self.join("_".join(typed.split()), room)         # what follows a space would be a room
             if self.refusal and not self.terminal.interactive:
                 sys.exit(f"client.py: {self.refusal}; start again with another --name")
             name = None
@@ -186,7 +188,7 @@ class Chat:
         while not self.end:
             line = self.terminal.ask("> ")
             command, *words = line.split() or [""]
-            if not line.startswith("/") or line.startswith("//"):
+            if not line.startswith("/") or line.startswith("//"):        # //text says /text
                 self.say(line[1:] if line.startswith("/") else line)
             elif command in ("/who", "/rooms"):
                 self.send(command[1:].upper())
@@ -211,12 +213,13 @@ class Chat:
 
     def join(self, name, room=None):
         """Send JOIN and wait for the answer, so that the next JOIN bears the right name."""
-        self.answered.clear()
+        self.refusal = None
         self.send(f"JOIN {name} {room}" if name and room else f"JOIN {name}")
-        if not self.end:                             # else no answer will come
+        while self.refusal is None and not self.end:
             self.answered.wait()
-        if room and not name and self.name:          # a guest: JOIN takes no room without a name
-            self.join(self.name, room)
+            self.answered.clear()
+        if room and not name and self.name:          # JOIN takes no room without a name: go there
+            self.join(self.name, room)               # under the guest's name that the server chose
 
     def send(self, request):
         """Send one request (str). Raises OSError."""
@@ -232,9 +235,11 @@ class Chat:
         """Show what the server says, until its BYE or the end of the connection; then stop main."""
         with contextlib.suppress(OSError):           # a reset is an end as well
             for lines in received_lines(self.sock):
-                shown = "\n".join(filter(None, map(self.hear, lines)))
+                shown = "\n".join(text for text in map(self.hear, lines) if text)
                 if shown:
                     self.terminal.show(shown)
+                if self.refusal is not None:
+                    self.answered.set()
                 if self.end:
                     break
         self.end = self.end or (1, "connection lost; start again when the server is back")
@@ -257,7 +262,6 @@ class Chat:
             self.name, _, text = text.partition(" ")
         if verb in ("WELCOME", "ERROR"):
             self.refusal = "" if verb == "WELCOME" else rest
-            self.answered.set()
         notices = {"WELCOME": f"* {text} You are {self.name} in {word}.", "ERROR": f"! {rest}",
                    "JOINED": f"* {word} joined", "LEFT": f"* {word} left",
                    "WHO": f"* in this room: {words}",
@@ -266,11 +270,12 @@ class Chat:
 
 
 def received_lines(sock):
-    """Yield lists of lines (str, safe to show), those that come together; of a line that is too
-    long only a notice, of one that the end of the connection cuts off nothing. Raises OSError.
+    """Yield lists of lines (str, safe to show), those that come together. Raises OSError.
+
+    A line that is too long is replaced by a notice; an unfinished last line is dropped.
     """
     unfinished, skipping = b"", False
-    for data in iter(lambda: sock.recv(MAX_WAITING), b""):
+    while data := sock.recv(MAX_WAITING):
         *lines, unfinished = (unfinished + data).split(b"\n")
         if skipping and lines:
             skipping = False
@@ -306,11 +311,8 @@ def main():
     if (options.port not in range(1, 65536) or options.name is not None and not options.name.strip()
             or options.room is not None and not re.fullmatch(r"[\w-]{1,20}", options.room)):
         parser.error("port: 1 to 65535; --name: not empty; --room: 1 to 20 letters, digits, _ or -")
-    try:
-        chat = Chat(connect(options.host, options.port), Terminal())
-        chat.run(options.name, options.room)
-    except KeyboardInterrupt:                        # before there was anything to leave
-        sys.exit(0)
+    with contextlib.suppress(KeyboardInterrupt):     # while there is nothing to leave yet
+        Chat(Terminal(), connect(options.host, options.port)).run(options.name, options.room)
 
 
 if __name__ == "__main__":

@@ -24,24 +24,24 @@ import time
 
 MAX_REQUEST = 1024                       # bytes in a request, its line ending not counted
 NAME = re.compile(r"[\w-]{1,20}")        # \w is a letter of any script, a digit or _
-DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)       # Windows has no such flag: see listen
+DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)       # for send; Windows has none: see listen
 log = logging.getLogger("chat")
 options = argparse.Namespace()           # the command line; never changed once threads run
 closing = threading.Event()              # set by Ctrl-C and SIGTERM
-numbers = itertools.count(1)             # of the connections; only the main thread counts
+numbers = itertools.count(1)             # of the clients' threads; only the main thread counts
 
 # ---- What the threads share, and why that is safe ------------------------------------------------
 
 rooms = []                               # the oldest first; never one without members
-clients = set()                          # everyone that has a thread
+clients = set()                          # all connections that have not been closed
 rooms_lock = threading.Lock()            # in C: a pthread_mutex_t
 
-# 1. A thread that changes these or anything in them, acts on what it finds there, or sends, holds
-#    the lock. So two clients cannot both find a name free, find no room and make two, or enter a
+# 1. A thread holds the lock to change these or anything in them, to act on what it finds there, and
+#    to send. So two clients cannot both find a name free, find no room and make two, or enter a
 #    room that is just being deleted; all members see the same order; no lines mix on a socket.
 # 2. A thread that holds the lock does not wait: it neither receives nor sleeps, and a send that
 #    would have to wait fails (on Windows, after 10 ms). So everyone gets the lock soon.
-# 3. Only a client's own thread receives from the client's socket and closes it, and before that it
+# 3. Only a client's own thread receives from the client's socket and closes it. Before it closes it
 #    takes the client out of its room and of `clients`. So whoever finds a client there may send.
 
 
@@ -63,19 +63,19 @@ class Room:
         self.members = []
 
     def enter(self, client, name):
-        """Let `client` in, as `name`, from the room it is in. The first one creates the room."""
+        """Move `client` into this room, as `name`. The first member creates the room."""
         if not self.members:
             rooms.append(self)
             log.info("room %s created", self.name)
         self.members.append(client)
-        if client.room:                  # maybe this one, for a new name: then it is a member twice
-            client.room.leave(client)    # for a moment, so that the room is not deleted
+        if client.room:                  # if only the name changes, it is this room, which has the
+            client.room.leave(client)    # client twice for a moment: so leave does not delete it
         client.name, client.room = name, self
         self.broadcast(f"JOINED {name}\n", client)
         log.info("%s joined %s", name, self.name)
 
     def leave(self, client):
-        """Let `client` out. The last one deletes the room."""
+        """Take `client` out. The last member deletes the room."""
         self.members.remove(client)
         client.room = None
         self.broadcast(f"LEFT {client.name}\n", client)
@@ -94,11 +94,11 @@ class Room:
 
 
 class Client:
-    """A connection, and who it is and where. All methods but `serve` need the lock held."""
+    """A connection, and who it is and where. From `handle` on, all methods need the lock held."""
 
     def __init__(self, sock):
         self.sock = sock
-        self.name = f"client-{next(numbers)}"                # its thread's, and its own until JOIN
+        self.name = f"client-{next(numbers)}"                # its thread's name, its own until JOIN
         self.room = None                 # the Room that it is a member of
         self.messages = 0                # how many it has said
         self.open = True                 # False once it has been sent BYE, or cannot be sent to
@@ -107,7 +107,7 @@ class Client:
 
     def serve(self):
         """Read requests and carry them out until the client leaves. Runs in the client's thread."""
-        size = min(CHUNK, options.rate // 16 + 1) if options.rate else CHUNK
+        size = min(CHUNK, options.rate // 16 + 1) if options.rate else CHUNK     # for short rests
         unfinished, reason = b"", "end of file"
         try:
             while self.open:
@@ -121,9 +121,9 @@ class Client:
                 unfinished = unfinished[:MAX_REQUEST + 2]
                 with locked():
                     passed_on = self.handle(lines)
-                if options.rate:         # rest, so that TCP holds back a client that sends faster
+                if options.rate:         # rest (not when closing): TCP then holds back a flooder
                     closing.wait(max(len(data), passed_on) / options.rate)
-        except OSError as error:         # a reset; or TCP could not deliver, after many tries
+        except OSError as error:         # a reset; or TCP gave up sending to it
             reason = f"connection lost: {error.strerror}"
         finally:                         # the one way out, however the connection ends
             with locked():
@@ -131,7 +131,7 @@ class Client:
             await_hangup(self.sock)
             with locked():
                 clients.remove(self)
-                log.info("thread ends after %d messages: %s", self.messages, self.reason)
+                log.info("thread ends: %s (messages: %d)", self.reason, self.messages)
             self.sock.close()
 
     def handle(self, lines):
@@ -171,7 +171,7 @@ class Client:
         elif verb in ("MSG", "WHO"):
             self.tell("ERROR", "join a room first: JOIN [name [room]]")
         else:
-            self.tell("ERROR", "unknown request; there are JOIN, MSG, WHO, ROOMS and LEAVE")
+            self.tell("ERROR", "unknown request; use JOIN, MSG, WHO, ROOMS or LEAVE")
 
     def join(self, *words):
         """Enter a room, move, or take another name (words: name, room); or get ERROR and stay."""
@@ -184,10 +184,10 @@ class Client:
         if name.casefold() in taken:
             return self.refuse(f"the name {name} is taken")
         if (name, room) == (self.name, self.room):
-            return self.refuse(f"you are {name} in {room.name} already")
+            return self.refuse(f"you are already {name} in {room.name}")
         room.enter(self, name)
         self.deadline = float("inf")
-        return self.tell("WELCOME", room.name, name, f"Welcome to {options.name}, {name}!")
+        self.tell("WELCOME", room.name, name, f"Welcome to {options.name}, {name}!")
 
     def refuse(self, why):
         """Answer JOIN with ERROR."""
@@ -201,7 +201,7 @@ class Client:
         self.disconnect(reason)
 
     def disconnect(self, reason, bye=True):
-        """Send BYE, the last line, and let the client hang up; without BYE, hang up at once."""
+        """Say BYE and send nothing more, so that the client hangs up; without BYE, hang up now."""
         if bye:
             self.tell("BYE", reason)
         if self.open:
@@ -256,7 +256,7 @@ def start_thread(sock, address):
     log.info("connection from %s:%d: thread %s starts", *address[:2], client.name)
     with locked():
         if sum(other.open for other in clients) >= options.max_clients:
-            client.disconnect(f"the server is full ({options.max_clients} clients)")
+            client.disconnect(f"the server is full (at most {options.max_clients} clients)")
         clients.add(client)
     try:                                                     # in C: pthread_create
         threading.Thread(target=client.serve, name=client.name, daemon=True).start()
@@ -268,11 +268,11 @@ def start_thread(sock, address):
 
 def close():
     """Disconnect every client and wait until their threads are done."""
-    log.info("closing: BYE to %d clients", len(clients))
+    log.info("closing: BYE to all clients (%d)", len(clients))
     with locked():
         for client in clients:
             client.disconnect("the server is closing")
-    while clients:                       # they hang up, so recv returns b"", or keep_deadlines does
+    while clients:                       # those who do not hang up are cut off by keep_deadlines
         keep_deadlines()
         time.sleep(0.01)
     log.info("closed")
@@ -312,7 +312,7 @@ def listen(host, port):
 def keep_deadlines():
     """Disconnect clients that have not joined in time; hang up on those that stay after BYE."""
     now = time.monotonic()
-    if any(now > client.deadline for client in list(clients)):   # a look; it acts under the lock
+    if any(now > client.deadline for client in list(clients)):   # a glance needs no lock; then act
         with locked():
             for client in clients:
                 if now > client.deadline:
@@ -320,7 +320,7 @@ def keep_deadlines():
 
 
 def await_hangup(sock):
-    """Read until the client hangs up: closing with unread input would reset it and lose BYE."""
+    """Read until the client hangs up: closing with input unread resets it, and may lose BYE."""
     with contextlib.suppress(OSError):
         while sock.recv(RECEIVE_BUFFER):
             time.sleep(0.01)                                 # a flooder must not keep us busy
@@ -352,10 +352,11 @@ def hint(family, host, port):
     return f"- on another machine: python client.py {host} {port}"
 
 
-def stop(signum, _frame):
+def stop(_signum, _frame):
     """On Ctrl-C or SIGTERM, have the main thread close; a second one ends the process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)             # before set, which takes a lock, and
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)            # must not be interrupted by itself
     closing.set()
-    signal.signal(signum, signal.SIG_DFL)
 
 
 def parse_arguments():
@@ -371,7 +372,7 @@ def parse_arguments():
     parser.parse_args(namespace=options)
     options.name = options.name.encode("utf-8", "replace").decode().translate(SAFE_TEXT).strip()
     if not (options.port in range(65536) and options.max_clients > 0 and options.rate >= 0
-            and options.name and options.host):
+            and options.name and options.host and options.host.isascii()):
         parser.error("port: 0 to 65535; --max-clients: 1 or more; --rate: 0 or more; no empty name")
 
 
@@ -383,10 +384,9 @@ def main():
     signal.signal(signal.SIGTERM, stop)
     try:
         listener = listen(options.host, options.port)
-    except (OSError, TypeError) as error:                    # TypeError: not even a host name
-        words = str(getattr(error, "strerror", error)).partition(" (")[0]
-        sys.exit(f"server.py: cannot listen on {options.host}:{options.port}: {words}; "
-                 "take another port, or for --host an address of this machine")
+    except OSError as error:
+        sys.exit(f"server.py: cannot listen on {options.host}:{options.port}: "
+                 f"{error.strerror.partition(' (')[0]}; try another port, or another --host")
     start_log()
     host, port = listener.getsockname()[:2]
     log.info("%s listening on %s:%d %s", options.name, host, port,

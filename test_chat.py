@@ -41,7 +41,6 @@ HERE = Path(__file__).parent
 PATIENCE = 10        # seconds until something that should have happened counts as missing
 LIBEDIT = "libedit" in readline.__doc__          # it leaves the upper rows of a half-typed line on the screen
 
-
 # ---- Helpers ------------------------------------------------------------------------------------
 
 def eventually(condition, what="it", seconds=PATIENCE):
@@ -54,7 +53,6 @@ def eventually(condition, what="it", seconds=PATIENCE):
         assert time.monotonic() < end, f"waited {seconds} s for {what() if callable(what) else what}"
         time.sleep(0.005)
 
-
 def edited(folder, script, *edits):
     """Return the path of a copy of `script` with (old, new) edits; each old must be in it once."""
     text = (HERE / script).read_text(encoding="utf-8")
@@ -64,13 +62,12 @@ def edited(folder, script, *edits):
     (folder / script).write_text(text, encoding="utf-8")
     return folder / script
 
-
 def at_once(function, *arguments):
-    """Run function(*each) for each of the tuples, in threads of their own, and wait for all."""
+    """Run function(*each) for each of the tuples, in threads of their own, since most of it is waiting; fail if one of them does."""
     with concurrent.futures.ThreadPoolExecutor(len(arguments)) as pool:
-        for future in [pool.submit(function, *each) for each in arguments]:
-            future.result()
-
+        futures = [pool.submit(function, *each) for each in arguments]
+    for future, each in zip(futures, arguments):
+        assert not future.exception(), each
 
 class Process:
     """A script, started as a person starts it; what it prints is collected in `out` and `err`."""
@@ -98,8 +95,7 @@ class Process:
     err = property(lambda self: self.collected["err"].decode())
 
     def type(self, text):
-        self.popen.stdin.write(text.encode())
-        self.popen.stdin.flush()
+        os.write(self.popen.stdin.fileno(), text.encode())
 
     def status(self, seconds=PATIENCE):
         """Wait for the end; return the exit status. No traceback is ever printed."""
@@ -136,7 +132,6 @@ class Process:
         now = self.measured(what)
         return 0 if now is None or before is None else now - before
 
-
 class Server(Process):
     """A running server."""
 
@@ -167,9 +162,7 @@ class Server(Process):
         peers = {name: self.connect() for name in names}
         for name, peer in peers.items():
             peer.says(f"JOIN {name}")
-        for name, peer in peers.items():
-            peer.hears_sometime(rf"WELCOME \S+ {name} .*")
-        return list(peers.values())
+        return [peer for name, peer in peers.items() if peer.hears_sometime(rf"WELCOME \S+ {name} .*")]
 
     def logs(self, pattern, seconds=PATIENCE):
         """Wait for a line of the log that matches."""
@@ -184,7 +177,6 @@ class Server(Process):
         for peer in self.peers:
             peer.sock.close()
         super().stop()
-
 
 class Peer:
     """A raw connection to the server, line by line."""
@@ -204,6 +196,11 @@ class Peer:
     def says(self, *requests):
         self.sends("".join(f"{request}\n" for request in requests).encode())
 
+    def tells(self, other, request, *patterns):
+        """Say something; then the other hears it."""
+        self.says(request)
+        other.hears(*patterns)
+
     def line(self, seconds=PATIENCE):
         """Return the next line (str), or None at the end of the connection."""
         end = time.monotonic() + seconds
@@ -218,11 +215,11 @@ class Peer:
         return line.decode()
 
     def hears(self, *patterns, seconds=PATIENCE):
-        """The next lines match these patterns (regular expressions), one each; return the last one."""
+        """The next lines match these patterns (regular expressions; None: the end), one each; return the last one."""
         line = None
         for pattern in patterns:
             line = self.line(seconds)
-            assert line is not None and re.fullmatch(pattern, line), f"{line!r} is not {pattern!r}"
+            assert line is pattern is None or re.fullmatch(pattern or "$^", line or ""), f"{line!r} is not {pattern!r}"
         return line
 
     def asks(self, request, *answers):
@@ -234,11 +231,6 @@ class Peer:
         """These lines are all that was sent to us so far. (Asks WHO, whose answer must come next.)"""
         self.hears(*patterns)
         self.asks("WHO", "WHO .*")
-
-    def hears_end(self, *patterns):
-        """After lines like these the connection is closed, in order."""
-        self.hears(*patterns)
-        assert self.line() is None
 
     def hears_sometime(self, pattern, seconds=PATIENCE):
         """One of the next lines matches; return it."""
@@ -252,8 +244,8 @@ class Peer:
     def leaves(self):
         self.says("LEAVE")
         self.hears_sometime("BYE .*")
-        self.hears_end()
-        self.sock.close()
+        self.hears(None)
+        self.hangs_up()
 
     def hangs_up(self):
         self.sock.close()
@@ -263,17 +255,18 @@ class Peer:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
 
+def starter(stack):
+    """Return start(Class, ...), which makes a process that is stopped when the ExitStack is left."""
+    def start(process, *arguments, **more):
+        process = process(*arguments, **more)
+        stack.callback(process.stop)
+        return process
+    return start
 
 @pytest.fixture
 def start():
-    """start(Class, ...) makes a process that is stopped after the test."""
     with contextlib.ExitStack() as stack:
-        def starter(process, *arguments, **more):
-            process = process(*arguments, **more)
-            stack.callback(process.stop)
-            return process
-        yield starter
-
+        yield starter(stack)
 
 @pytest.fixture(scope="module")
 def next_server():
@@ -281,7 +274,6 @@ def next_server():
     servers = [Server()]
     yield servers
     servers.pop().stop()
-
 
 @pytest.fixture
 def server(next_server):
@@ -291,12 +283,10 @@ def server(next_server):
     yield server
     server.stop()
 
-
 @pytest.fixture
 def fast(start):
     """A server that reads as fast as anyone sends."""
     return start(Server, "--rate", 0)
-
 
 # ---- The protocol, rule by rule -----------------------------------------------------------------
 
@@ -318,7 +308,6 @@ def test_rule_1_rooms(server):
     dave.asks("JOIN dora dEN", "ERROR .*already.*")  # names of rooms are the same in any case
     bob.asks("JOIN bob third\nROOMS", "WELCOME third bob .*", "ROOMS Den=1 third=1")
 
-
 def test_rule_2_names(server):
     peer = server.connect()
     for arguments in ("x" * 21, "a.b", "a=b", "a \N{SNOWMAN}", "a/b", "a b c", "a\x1b[2J", "a\x00", "a b\u202e", "a " + "r" * 21):
@@ -326,14 +315,12 @@ def test_rule_2_names(server):
     for name in ("a", "x" * 20, "Ann_Lee-2", "Ünïcödé", "名前", "Имя", "١٢", "_"):
         server.join(name, name).asks("WHO\nROOMS", f"WHO {name}", f"ROOMS (.* )?{name}=1")
 
-
 def test_rule_2_unique_without_regard_to_case(server):
     alice, straße, bob = server.join("Alice"), server.join("Straße", "den"), server.connect()
     bob.asks("JOIN alice\nJOIN ALICE elsewhere\nJOIN STRASSE\nJOIN bob", *["ERROR the name .* is taken"] * 3, "WELCOME lobby bob .*")
     bob.asks("JOIN aLICE\nWHO", "ERROR .*", "WHO Alice bob")
     alice.asks("JOIN alice", "JOINED bob", "WELCOME lobby alice .*")         # one's own name may change its case
     straße.hears_nothing_but()
-
 
 def test_rule_2_name_is_free_again(server):
     alice = server.join("alice")
@@ -345,7 +332,6 @@ def test_rule_2_name_is_free_again(server):
         server.join("bob").leaves()                  # or from when BYE has arrived
     alice.hears(*["JOINED bob", "LEFT bob"] * 20)
 
-
 def test_rule_2_guests(server):
     first, second, last = server.connect(), server.connect(), server.connect()
     name, other = (guest.asks("JOIN", r"WELCOME lobby guest\d+ .*").split()[2] for guest in (first, second))
@@ -355,7 +341,6 @@ def test_rule_2_guests(server):
     for guest in taken:                              # whichever it would pick next is taken now
         server.join(guest, "den")
     assert last.asks("JOIN", r"WELCOME lobby guest\d+ .*").split()[2] not in (name, other, *taken)
-
 
 def test_rule_3_moving(server):
     (alice, bob), carol = server.join_both("alice", "bob"), server.join("carol", "den")
@@ -371,27 +356,22 @@ def test_rule_3_moving(server):
     anna.hears("LEFT carol")
     anna.asks("JOIN anna lobby\nROOMS", "WELCOME lobby anna .*", "ROOMS lobby=3")
 
-
 def test_rule_4_before_joining(server):
     peer = server.connect()
     peer.says("MSG hi", "WHO", "HELLO", "", "rooms", "leave")
-    peer.hears_end(*["ERROR join a room first.*JOIN.*"] * 2, "ERROR unknown request.*", "ROOMS", "BYE .*")
-
+    peer.hears(*["ERROR join a room first.*JOIN.*"] * 2, "ERROR unknown request.*", "ROOMS", "BYE .*", None)
 
 def test_rule_5_entering_in_the_middle(server):
     """A client that enters hears what is said, and who enters, from then on, and nothing from before."""
     (alice, bob), carol = server.join_both("alice", "bob"), server.connect()
-    bob.says("MSG before")
-    alice.hears("MSG bob before")
+    bob.tells(alice, "MSG before", "MSG bob before")
     carol.asks("JOIN carol\nWHO", "WELCOME lobby carol .*", "WHO alice bob carol")
     dave = server.join("dave")
-    bob.says("MSG after")
-    alice.hears("JOINED carol", "JOINED dave", "MSG bob after")
+    bob.tells(alice, "MSG after", "JOINED carol", "JOINED dave", "MSG bob after")
     alice.leaves()
     bob.hears_nothing_but("JOINED carol", "JOINED dave", "LEFT alice")
     carol.hears_nothing_but("JOINED dave", "MSG bob after", "LEFT alice")
     dave.hears_nothing_but("MSG bob after", "LEFT alice")
-
 
 def test_rule_5_same_order_for_everyone(server):
     """Five talk at once; the sixth hears what the five hear, each without its own, in the same order."""
@@ -406,7 +386,6 @@ def test_rule_5_same_order_for_everyone(server):
         assert own == [f"MSG p{n} {i}" for i in range(40)]
         assert heard[n] == [line for line in heard[5] if line not in own]
 
-
 def test_rule_6_pieces(server):
     bob, alice = server.join_both("bob", "alice")
     for byte in "msg hé€😀\r\n".encode():
@@ -417,9 +396,8 @@ def test_rule_6_pieces(server):
     alice.sends(b" c\nMSG a\xffb \xc3( \xe2\x82\nMSG never finished")      # not UTF-8
     bob.hears("MSG alice   a  b ", "MSG alice c", "MSG alice a\ufffdb \ufffd\\( \ufffd")
     alice.sock.shutdown(socket.SHUT_WR)
-    alice.hears_end("BYE .*")
+    alice.hears("BYE .*", None)
     bob.hears("LEFT alice")
-
 
 def test_rule_6_too_long(fast):
     bob, alice = fast.join_both("bob", "alice")
@@ -438,7 +416,6 @@ def test_rule_6_too_long(fast):
     heard = sorted(alice.line() for _ in range(41))
     assert heard[0].startswith("ERROR ") and heard[1:] == sorted(f"MSG bob {n}" for n in range(40))
 
-
 def test_rule_7_safe_text(server):
     bob, alice = server.join_both("bob", "alice")
     codes = {*range(0x20), *range(0x7f, 0xa0), 0x2028, 0x2029, *range(0x202a, 0x202f), *range(0x2066, 0x206a)} - {ord("\t"), ord("\n")}
@@ -446,11 +423,10 @@ def test_rule_7_safe_text(server):
     alice.says("MSG " + "".join(map(chr, codes)) + ".", "MSG a\tb\rc", "MSG\td", f"MSG {fine}")
     bob.hears("MSG alice " + "\ufffd" * len(codes) + r"\.", "MSG alice a b\ufffdc", "MSG alice d", f"MSG alice {fine}")
 
-
 def test_rule_8_one_way_out(server):
     alice = server.join("alice")
     endings = {"leave": Peer.leaves, "close": Peer.hangs_up, "reset": Peer.resets,
-               "half": lambda peer: (peer.sock.shutdown(socket.SHUT_WR), peer.hears_end("BYE .*"), peer.sock.close())}
+               "half": lambda peer: (peer.sock.shutdown(socket.SHUT_WR), peer.hears("BYE .*", None), peer.sock.close())}
     for name, ending in endings.items():
         peer = server.join(name)
         peer.says(*(f"MSG {n}" for n in range(50)))  # what was said before the end is delivered, but for a reset
@@ -462,17 +438,15 @@ def test_rule_8_one_way_out(server):
         alice.hears_nothing_but(*heard, f"LEFT {name}")
     server.has_clients(1)
 
-
 def test_rule_8_leave_in_the_middle(server):
     """A hundred requests in one segment: each is answered in its turn, and none after LEAVE."""
     alice, bob = server.join_both("alice", "bob")
     requests = ["MSG 1", "WHO", "MSG 2", "MSG 3", "JOIN rob", "MSG 4", "ROOMS", "nonsense", "JOIN rob den", "MSG 5", "JOIN bob lobby", "MSG 6"]
     bob.says(*requests * 8, "MSG end", "LEAVE", "MSG after", "WHO")
     answers = ["WHO alice bob", "WELCOME lobby rob .*", "ROOMS lobby=2", "ERROR .*", "WELCOME den rob .*", "WELCOME lobby bob .*"]
-    bob.hears_end(*answers * 8, "BYE .*")
+    bob.hears(*answers * 8, "BYE .*", None)
     heard = ["MSG bob 1", "MSG bob 2", "MSG bob 3", "LEFT bob", "JOINED rob", "MSG rob 4", "LEFT rob", "JOINED bob", "MSG bob 6"]
     alice.hears_nothing_but(*heard * 8, "MSG bob end", "LEFT bob")
-
 
 def test_rule_8_bye_arrives_behind_much_else(fast):
     """BYE is not lost to a reset when 200 KiB wait before it and we go on sending after LEAVE."""
@@ -481,8 +455,7 @@ def test_rule_8_bye_arrives_behind_much_else(fast):
     alice.hears_nothing_but()
     slow.says("LEAVE", *["MSG more"] * 5000)
     alice.hears("LEFT slow")
-    slow.hears_end(*(f"MSG alice {n} x+" for n in range(200)), "BYE .*")
-
+    slow.hears(*(f"MSG alice {n} x+" for n in range(200)), "BYE .*", None)
 
 def test_rule_9_max_clients(start):
     server = start(Server, "--max-clients", 2)
@@ -491,14 +464,13 @@ def test_rule_9_max_clients(start):
         carol = server.connect()
         with contextlib.suppress(ConnectionError):
             carol.sends(more)
-        carol.hears_end("BYE .*full.*2.*")
+        carol.hears("BYE .*full.*2.*", None)
         carol.hangs_up()
     bob.asks("JOIN bob\nROOMS", "WELCOME lobby bob .*", "ROOMS lobby=2")
     for _ in range(10):                              # free again as soon as somebody has left
         bob.leaves()
         bob = server.join("bob")
     alice.hears("JOINED bob", *["LEFT bob", "JOINED bob"] * 10)
-
 
 def test_rule_9_join_deadline(start, tmp_path):
     script = edited(tmp_path, "server.py", ("JOIN_SECONDS = 30", "JOIN_SECONDS = 0.3"), ("FAREWELL_SECONDS = 2", "FAREWELL_SECONDS = 0.2"))
@@ -511,12 +483,11 @@ def test_rule_9_join_deadline(start, tmp_path):
             with contextlib.suppress(socket.timeout):
                 assert trickling.line(0.02) in (bye, None)
     assert trickling.sock.fileno() and time.monotonic() < ends
-    silent.hears_end(bye)
+    silent.hears(bye, None)
     silent.hangs_up()
     server.has_clients(1)
     alice.hears_nothing_but()                        # who has joined may stay
     server.logs("client-3 +thread ends: no JOIN within 0.3 seconds")
-
 
 def test_rule_10_slow_readers(fast):
     """One that is merely behind gets it all. One that stops reading is dropped after 256 KiB; nobody waits for it."""
@@ -541,7 +512,6 @@ def test_rule_10_slow_readers(fast):
     fast.logs("dropped: it does not read")
     slow.hears("JOINED bob", "MSG alice x+")         # what did fit arrives, then the connection ends
 
-
 # ---- What a room full of students tries ------------------------------------------------------------
 
 class Conversation:
@@ -553,24 +523,21 @@ class Conversation:
     """
 
     def __init__(self, server, names=("ann", "ben")):
-        self.server, self.names, self.over = server, names, False
+        self.server, self.over = server, False
         self.peers = {name: server.join(name) for name in names}
-        self.present = {}                                    # who is there when it begins
+        self.present, self.sent, self.heard = {}, {}, {}     # for each: who is there at first; times; (time, line)
         for name, peer in self.peers.items():
             peer.says("WHO")
-            self.present[name] = peer.hears_sometime("WHO .*").split()[1:]
-        self.sent = {name: [] for name in names}             # times
-        self.heard = {name: [] for name in names}            # (time, line)
+            self.present[name], self.sent[name], self.heard[name] = peer.hears_sometime("WHO .*").split()[1:], [], []
         self.threads = [threading.Thread(target=self.live, args=(name,)) for name in names]
 
-    def lines(self, name=None):
-        """Return what they, or one of them, have heard so far, but for their own conversation."""
-        return [line for each in ([name] if name else self.names) for _, line in list(self.heard[each])
-                if line.split()[0] != "MSG" or line.split()[1] not in self.names]
+    def lines(self, name):
+        """Return what this one has heard of others so far."""
+        return [line for _, line in list(self.heard[name]) if not re.match(f"MSG ({'|'.join(self.peers)}) ", line)]
 
     def live(self, name):
-        peer, due, expected, got = self.peers[name], time.monotonic(), -1, 0
-        while got != expected and (not self.over or time.monotonic() < self.over + PATIENCE):
+        peer, due, missing = self.peers[name], time.monotonic(), 1
+        while missing and (not self.over or time.monotonic() < self.over + PATIENCE):
             if not self.over and time.monotonic() >= due:
                 self.sent[name].append(time.monotonic())
                 peer.says(f"MSG {len(self.sent[name]) - 1}")
@@ -578,8 +545,7 @@ class Conversation:
             with contextlib.suppress(socket.timeout):
                 self.heard[name].append((time.monotonic(), peer.line(0.01) or "END"))
             if self.over:
-                got = len(self.heard[name]) - len(self.lines(name))
-                expected = sum(len(times) for other, times in self.sent.items() if other != name)
+                missing = sum(map(len, self.sent.values())) - len(self.sent[name]) - len(self.heard[name]) + len(self.lines(name))
 
     def __enter__(self):
         for thread in self.threads:
@@ -593,17 +559,17 @@ class Conversation:
         for name, heard in self.heard.items():
             present, counts = set(self.present[name]), collections.Counter()
             for began, line in heard:
-                verb, other, *text = line.split(" ", 2)
                 assert re.fullmatch(r"(MSG|JOINED|LEFT) [\w-]{1,20}( .*)?", line) and line.isprintable(), f"{name} heard {line!r}"
+                verb, other, *text = line.split(" ", 2)
                 assert (other in present) != (verb == "JOINED"), f"{name} heard {line!r}, of {present}"
-                if verb == "MSG" and other in self.names:
+                present = present - {other} if verb == "LEFT" else present | {other}
+                if verb == "MSG" and other in self.peers:
                     assert text[0] == str(counts[other]), f"{name} heard {line!r} instead of {counts[other]}"
                     assert began - self.sent[other][counts[other]] < 0.25, f"{name} heard {line!r} late"
                     counts[other] += 1
-                present = present | {other} if verb == "JOINED" else present - {other} if verb == "LEFT" else present
             assert all(counts[other] == len(times) for other, times in self.sent.items() if other != name), f"{name}: {counts}"
         eventually(self.alone, "nobody else to be in the room").leaves()
-        self.server.has_clients(len(self.names))
+        self.server.has_clients(len(self.peers))
         assert "Traceback" not in self.server.err
 
     def alone(self):
@@ -611,18 +577,13 @@ class Conversation:
         peer = self.server.connect()
         peer.says("JOIN witness", "ROOMS", "WHO")
         rooms, who = peer.hears_sometime("ROOMS .*"), peer.hears_sometime("WHO .*")
-        if sorted(who.split()[1:]) == sorted([*self.names, "witness"]) and rooms == f"ROOMS lobby={len(self.names) + 1}":
-            return peer
-        peer.leaves()
-        return None
-
+        return peer if set(who.split()[1:]) == {*self.peers, "witness"} and rooms == f"ROOMS lobby={len(self.peers) + 1}" else peer.leaves()
 
 GARBAGE = [b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n",                                  # HTTP
            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) * 2,                      # TLS
            b"NICK x\r\nUSER x 0 * :x\r\nPRIVMSG #a :hi\r\nQUIT\r\n", b"\xff\xfb\x1f\xff\xfd\x03hello\r\n",      # IRC, telnet
            b"\0" * 3000 + b"\n", b"\n" * 3000 + b"\r\n" * 1000,
            bytes((n * n * 7919 >> 5) & 255 for n in range(5000)) + b"\n", "MSG \x1b[2J\x1b]0;x\x07\r\x9b31m\u202e\n".encode()]
-
 
 def test_garbage_and_resets_at_any_moment(start):
     server = start(Server, "--rate", 100000)
@@ -637,7 +598,6 @@ def test_garbage_and_resets_at_any_moment(start):
             peer.sends(b"JOIN mallory\nMSG hi\nWHO\n"[:n % 24])
             peer.resets()
 
-
 def test_600_connections_leave_no_trace(server):
     def visit(times):
         for n in range(times):
@@ -646,11 +606,10 @@ def test_600_connections_leave_no_trace(server):
                 peer.says("JOIN visitor")
             (peer.resets if n % 2 else peer.hangs_up)()
         server.has_clients(0)
-    visit(100)
+    visit(300)
     before = server.measured("VmRSS")
     visit(600)
     assert server.grows("VmRSS", before) < 1024
-
 
 def test_few_file_descriptors(start):
     server = start(Server, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12)))
@@ -665,7 +624,6 @@ def test_few_file_descriptors(start):
     server.join("bob").says("MSG hi")
     alice.hears("JOINED bob", "MSG bob hi")
 
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces RLIMIT_AS")
 def test_few_threads(start):
     """Where the system has no thread left a connection is closed, and the server goes on."""
@@ -679,10 +637,9 @@ def test_few_threads(start):
     server.join("bob")
     alice.hears("JOINED bob")
 
-
 def flood(peer, line=b"MSG " + b"x" * 60 + b"\n"):
-    """Send as fast as possible, and read what comes, for half a second."""
-    end = time.monotonic() + 0.5
+    """Send as fast as possible, and read what comes, for a while."""
+    end = time.monotonic() + 0.4
     block = line * (8192 // len(line))
     peer.sock.setblocking(False)
     while time.monotonic() < end:
@@ -691,7 +648,6 @@ def flood(peer, line=b"MSG " + b"x" * 60 + b"\n"):
         with contextlib.suppress(BlockingIOError):
             assert peer.sock.recv(1 << 20), "a flooder was dropped"
         time.sleep(0.005)
-
 
 def test_rule_11_flood(start):
     rate = 65536
@@ -704,20 +660,17 @@ def test_rule_11_flood(start):
         assert 0.5 * rate < relayed / (time.monotonic() - started) < 1.15 * rate
         mallory.hangs_up()
         # With the default rate this would be 20 s: 8 times as long.
-        eventually(lambda: "LEFT mallory" in conversation.lines(), "quiet", 20 * 8192 / rate)
-
+        eventually(lambda: "LEFT mallory" in conversation.lines("ann"), "quiet", 20 * 8192 / rate)
 
 def test_rule_11_nothing_of_a_flood_is_lost(server):
     """A pasted listing of 500 lines at the default rate arrives whole; it takes the time that it should."""
     alice, bob = server.join_both("alice", "bob")
-    listing, started = [f"    x[{n}] = {n}" for n in range(500)], time.monotonic()
+    listing, started = [f"  x[{n}]" for n in range(500)], time.monotonic()
     bob.says(*(f"MSG {line}" for line in listing))
     alice.hears(*("MSG bob " + re.escape(line) for line in listing))
-    assert 0.8 * 500 * len("MSG bob     x[100] = 100\n") / 8192 < time.monotonic() - started < 8
-
+    assert 0.8 * 500 * len("MSG bob   x[100]\n") / 8192 < time.monotonic() - started < 8
 
 MESSAGES, JOINS = [b"MSG " + b"x" * 60 + b"\n"] * 30, [b"JOIN a%d\nJOIN b%d\n", b"JOIN c%d d\nJOIN c%d lobby\n", b"WHO\n", b"ROOMS\n", b"JOIN\n"] * 4
-
 
 @pytest.mark.parametrize("lines", [MESSAGES, JOINS], ids=["messages", "others"])
 def test_many_flooders(server, lines):
@@ -729,7 +682,6 @@ def test_many_flooders(server, lines):
             peer.resets()
         eventually(lambda: server.err.count("thread ends") == len(lines), "all to leave", 20)
         assert lines is JOINS or sum(line.startswith("LEFT ") for line in conversation.lines("ann")) == 30
-
 
 def test_sixty_at_once_with_long_names(server):
     """Passed on, `MSG x` of somebody with a long name is eleven times as long. Nobody is dropped for it."""
@@ -745,7 +697,6 @@ def test_sixty_at_once_with_long_names(server):
                 heard[peer] += peer.sock.recv(1 << 20).count(b"x")
         assert time.monotonic() < end and "dropped" not in server.err
     assert set(heard.values()) == {59 * 170}
-
 
 def test_ninety_at_once_with_longer_names(start, tmp_path):
     """What ninety say while they wait for the lock is more than a send buffer holds. Who reads is not dropped."""
@@ -763,7 +714,6 @@ def test_ninety_at_once_with_longer_names(start, tmp_path):
         heard += data
     assert heard.count(b" x\n") > 20 * 84           # not 90: these do not read, so some may have been dropped
 
-
 def test_input_after_bye_costs_little(server):
     peer = server.join("peer")
     peer.asks("LEAVE", "BYE .*")
@@ -773,29 +723,23 @@ def test_input_after_bye_costs_little(server):
             peer.sends(b"x" * 65536)
     assert server.grows("cpu", before) < 0.15
 
-
 def test_saboteurs(start):
-    """Three honest talkers among five saboteurs, for two seconds."""
+    """Three honest talkers among five saboteurs, for a second."""
     server = start(Server, "--rate", 200000)
-    over = time.monotonic() + 2
+    over = time.monotonic() + 1
 
-    def sabotage(n):
-        while time.monotonic() < over:
+    def sabotage(first):
+        for n in itertools.takewhile(lambda _: time.monotonic() < over, itertools.count(first, 5)):
             peer = Peer(server.port)
             with contextlib.suppress(ConnectionError, socket.timeout):
                 peer.says(f"JOIN mallory{n % 7}" if n % 3 else f"JOIN mallory{n % 7} cave{n % 4}")
                 peer.sends(GARBAGE[n % len(GARBAGE)] if n % 4 == 0 else b"MSG spam\nWHO\nROOMS\n" * (n % 50))
                 for k in range(n % 9):
                     peer.says(f"JOIN m{n % 5}_{k} cave{k % 3}", "MSG moved", f"JOIN m{n % 5}_{k} lobby", "MSG back")
-                if n % 5 == 1:
-                    peer.says("LEAVE")
-                if n % 5 == 2:
-                    peer.line(1)
+                peer.says("LEAVE") if n % 5 == 1 else peer.line(1) if n % 5 == 2 else None
             (peer.resets if n % 2 else peer.hangs_up)()
-            n += 5
     with Conversation(server, ("ann", "ben", "cem")):
         at_once(sabotage, *zip(range(5)))
-
 
 # ---- Starting and closing the server ------------------------------------------------------------
 
@@ -806,12 +750,11 @@ def test_rule_12_closing(server, signum):
     server.logs("thread client-3 starts")
     server.popen.send_signal(signum)
     for n, peer in enumerate((alice, bob, silent), 1):
-        peer.hears_end("BYE the server is closing")  # and no LEFT before it
+        peer.hears("BYE the server is closing", None)  # and no LEFT before it
         peer.hangs_up()
         server.logs(rf"client-{n} +thread ends: the server is closing \(messages: 0\)")
     assert server.status() == 0
     assert re.search(r"main +closing: BYE to all clients \(3\)\n(.*\n)+.*main +closed\n\Z", server.err)
-
 
 def test_rule_12_closing_in_the_middle_of_it(start, tmp_path):
     """Flooders, one that does not read, one that has not joined: all that read get BYE."""
@@ -826,11 +769,10 @@ def test_rule_12_closing_in_the_middle_of_it(start, tmp_path):
     server.popen.send_signal(signal.SIGINT)
     for peer in (alice, silent, *flooders):
         peer.hears_sometime("BYE the server is closing")
-        peer.hears_end()
+        peer.hears(None)
         peer.hangs_up()
     assert server.status() == 0
     assert 0.3 < time.monotonic() - started < 1.3    # with 2 s for the farewell: 3 s
-
 
 def test_closing_twice(server, start):
     frozen = server.join("frozen")                   # never hangs up: the farewell would take 2 s
@@ -851,12 +793,10 @@ def test_closing_twice(server, start):
         assert other.status(5) in (0, -signal.SIGINT)
     at_once(close_twice_at_once, *[(start(Server),) for _ in range(6)])
 
-
 def test_first_line_of_the_log(start):
     server = start(Server, "--name", "Room 12\x1b[2J")
     server.logs(r"^\d\d:\d\d:\d\d main +Room 12\ufffd\[2J listening on 127\.0\.0\.1:\d+ \(this machine only; --host 0\.0\.0\.0 .*\)$")
     assert "Room 12" in server.connect().asks("JOIN ann", "WELCOME lobby ann .*")
-
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "::1", "no network"])
 def test_first_line_says_how_others_connect(start, tmp_path, host):
@@ -877,7 +817,6 @@ def test_first_line_says_how_others_connect(start, tmp_path, host):
         socket.create_server((address, 0), family=own.family).close()        # fails for an address that is not this machine's
         assert not address.startswith("127.") and address not in ("::1", host)
 
-
 def test_log_that_nobody_reads(fast):
     """Where the terminal of the log stands still nobody has to wait, and in the end nothing is missing."""
     alice = fast.join("alice")
@@ -896,42 +835,53 @@ def test_log_that_nobody_reads(fast):
         peer.hangs_up()
     fast.reading.set()
     assert fast.status() == 0
-    story = ["client-1 +refused: JOIN .*", *[line for n in range(20) for line in (
+    story = ["client-1 +refused: JOIN .*", *(line for n in range(20) for line in (
         rf"main +connection from 127\.0\.0\.1:\d+: thread client-{n + 4} starts", "room den created", f"client-{n + 4} +visitor{n} joined den",
-        f"visitor{n} left den", "room den deleted")], r"closing: BYE to all clients \(3\)"]
-    lines = iter(fast.err.splitlines())
-    for expected in story:                           # in this order, with other lines in between
-        assert any(re.search(expected, line) for line in lines), expected
+        f"visitor{n} left den", "room den deleted")), r"closing: BYE to all clients \(3\)"]
+    assert re.search("(.*\n)*?.*".join(story), fast.err)     # in this order, with other lines in between
     assert fast.err.count("refused: ") == 3000 and fast.err.endswith("closed\n") and "secret" not in fast.err
     assert fast.err.count("thread ends: you said LEAVE (messages: 0)") == 20 and fast.err.count("(messages: 20)") == 1
 
-
 def test_trace(start):
-    """It shows the main thread where that takes the lock, and that it does not take it for nothing."""
+    """It shows the bytes, the lock, and the main thread where that takes the lock: not for nothing. A message is as README shows it."""
     server = start(Server, "--trace")
-    alice = server.join("alice")
-    server.logs(r"client-1 +lets go of the lock\n\Z")
-    before = len(server.err)
+    alice, bob = server.join_both("alice", "bob")
+    server.logs(r"client-2 +lets go of the lock\n\Z")
     assert re.search("main +waits for the lock\n.*main +has the lock\n.*main +lets go of the lock\n", server.err)
+    before = len(server.err)
     time.sleep(0.3)                                  # as long as three looks at the deadlines take
-    assert server.err[before:] == ""
+    alice.tells(bob, "MSG hi", "MSG alice hi")
+    expected = FENCES.findall(section("One message"))[-1][1]
+    eventually(lambda: server.err.count("\n", before) == expected.count("\n"), lambda: f"the trace: {server.err[before:]}")
+    assert re.sub(r"\d\d:\d\d:\d\d", "", server.err[before:]) == re.sub(r"\d\d:\d\d:\d\d", "", expected)
     alice.sends(b"MSG h\xc3")
     server.logs(r"client-1 +recv b'MSG h\\xc3'$")
-    alice.sends(b"\xa9\r\nWHO\n")
-    server.logs(r"client-1 +recv b'\\xa9\\r\\nWHO\\n'\n(.*client-1 .*lock\n)+.*client-1 +send b'WHO alice\\n' to alice$")
 
+CANNOT_START = [
+    ("server.py PORT", 1, r"cannot listen on 127.0.0.1:\d+: Address already in use; .+"),
+    *((f"server.py 0 --host {host}", 1, f"cannot listen on {host}:0: .*--host") for host in ("192.0.2.1", "a..b", "x" * 70)),
+    *((f"server.py {words}", 2, "error: .+") for words in (
+        "", "x", "-1", "65536", "0 --max-clients 0", "0 --max-clients x", "0 --rate -1", "0 --name=", "0 --name=\t", "0 --host=", "0 --host ä..x", "0 --no-such", "0 1")),
+    *((f"client.py 127.0.0.1 {words}", 2, "error: .+") for words in ("", "0", "65536", "x", "1 --name=", "1 --room=", "1 --room=a,b")),
+    ("client.py 127.0.0.1 BOUND", 1, r"cannot connect to 127.0.0.1:\d+: Connection refused; .*address.*"),
+    ("client.py 127.0.0.1 FULL", 1, r"cannot connect to 127.0.0.1:\d+: timed out; .*address.*"),
+    *((f"client.py {host} 1", 1, f"cannot connect to {host}:1: .*address.*") for host in ("no.such.host.invalid", "x" * 70))]
 
-@pytest.mark.parametrize("arguments, status, message", [
-    (("PORT",), 1, r"server.py: cannot listen on 127.0.0.1:\d+: Address already in use; .+"),
-    *(((0, "--host", host), 1, f"server.py: cannot listen on {host}:0: .*--host") for host in ("192.0.2.1", "no such host", "a..b", "x" * 70)),
-    *((words, 2, "server.py: error: .+") for words in (
-        (), ("x",), (-1,), (65536,), (0, "--max-clients", 0), (0, "--max-clients", "x"), (0, "--rate", -1), (0, "--name", ""),
-        (0, "--name", " "), (0, "--host", ""), (0, "--host", "ä..x"), (0, "--no-such"), (0, 1)))], ids=str)
-def test_server_that_cannot_start(server, start, arguments, status, message):
-    process = start(Process, "server.py", *(server.port if word == "PORT" else word for word in arguments))
-    assert process.status() == status and re.search(rf"^{message}$", process.err, re.M), process.err
-    assert process.err.startswith("usage: server.py ") if status == 2 else process.err.count("\n") == 1
-
+def test_scripts_that_cannot_start(server, start, tmp_path):
+    edited(tmp_path, "server.py")
+    edited(tmp_path, "client.py", ("CONNECT_SECONDS = 10 ", "CONNECT_SECONDS = 0.2 "))
+    with socket.socket() as bound, socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        bound.bind(("127.0.0.1", 0))                         # but not listening
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for sock in (first, second):                         # fill the queue
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        ports = {"PORT": server.port, "BOUND": bound.getsockname()[1], "FULL": full.getsockname()[1]}
+        processes = [start(Process, *(ports.get(word, word) for word in re.split(" ", command) if word), cwd=tmp_path) for command, _, _ in CANNOT_START]
+        for (command, status, message), process in zip(CANNOT_START, processes):
+            assert process.status() == status and re.search(rf"^{command[:9]}: {message}$", process.err, re.M) and not process.out, (command, process.err)
+            assert process.err.startswith(f"usage: {command[:9]} ") if status == 2 else process.err.count("\n") == 1
 
 # ---- The client, and what a person sees of it ----------------------------------------------------
 
@@ -980,7 +930,6 @@ def screen(output, columns):
             column += width
     return ["".join(rows[number]).rstrip() for number in range(max([*rows, row]) + 1)], row, column
 
-
 class Terminal(Process):
     """A command at a terminal, under a person's hands and eyes: keys go in, `sees` looks at the screen."""
 
@@ -1000,7 +949,8 @@ class Terminal(Process):
         fcntl.ioctl(self.keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
     def type(self, keys, *lines, cursor=None):
-        """Type; then, if there are lines, see them."""
+        """Type; then, if there are lines, see them. (Ctrl-C may come too soon for readline to notice, but nobody is so fast.)"""
+        time.sleep(0.05 if keys == "\3" else 0)
         with contextlib.suppress(OSError):                   # the terminal has been closed
             os.write(self.keyboard, keys.encode())
         if lines:
@@ -1017,6 +967,11 @@ class Terminal(Process):
             return shown[-len(lines):] == list(lines) and cursor in (None, column)
         eventually(as_expected, lambda: f"{lines}, cursor {cursor}; but saw {screen(self.out, self.columns)}")
 
+    def hears(self, bob, message, *lines, cursor=None):
+        """bob says something; then this stands on the screen."""
+        bob.says(f"MSG {message}")
+        self.sees(*lines, cursor=cursor)
+
     def sees_below(self, messages, typed, cursor=None):
         """Below these messages stands what has been typed. (libedit leaves the upper rows of that behind each message.)"""
         rows = screen(typed, self.columns)[0]
@@ -1032,7 +987,6 @@ class Terminal(Process):
         os.close(self.tty)
         self.eyes[0].join(PATIENCE)
         os.close(self.keyboard)
-
 
 class Liar:
     """A server that sends whatever we like."""
@@ -1052,11 +1006,9 @@ class Liar:
         self.listener.close()
         self.sock.close()
 
-
 @pytest.fixture
 def liar(start):
     return start(Liar)
-
 
 @pytest.fixture
 def run(start):
@@ -1064,11 +1016,10 @@ def run(start):
     def run(server, *arguments, typed=None, **more):
         process = start(Process, "client.py", "127.0.0.1", server.port, *arguments, stdin=subprocess.PIPE, **more)
         if typed is not None:
-            process.type(typed)
+            process.popen.stdin.write(typed.encode())
             process.popen.stdin.close()
         return process
     return run
-
 
 @pytest.fixture
 def sit_down(start):
@@ -1080,17 +1031,11 @@ def sit_down(start):
         return person
     return sit_down
 
-
-@pytest.fixture
-def pair(fast, sit_down):
-    """bob, a Peer, and ann, at a terminal; both have joined."""
-    bob = fast.join("bob")
-    ann = sit_down(fast)
+def pair(server, sit_down, **more):
+    """Return bob, a Peer, and ann, at a terminal; both have joined."""
+    bob, ann = server.join("bob"), sit_down(server, **more)
     bob.hears("JOINED ann")
     return bob, ann
-
-
-# Through pipes
 
 def test_client_in_pipes_says_and_shows(server, run):
     bob = server.join("bob")
@@ -1108,7 +1053,6 @@ def test_client_in_pipes_says_and_shows(server, run):
     assert robot.out == ("* Welcome to Chatroom, robot! You are robot in lobby.\nbob: good morning\n"
                          "* carol joined\n* carol left\n* you have left\n")
 
-
 def test_client_commands(server, run):
     bob = server.join("bob")
     ann = run(server, "--room", "tea", typed="ann\n/who\n/rooms\n/dance now\n/join\n/name Anna\n/join LOBBY\n"
@@ -1120,13 +1064,6 @@ def test_client_commands(server, run):
         assert ann.out.count(shown) == 1, (shown, ann.out)
     commands = re.search(r"^/who  .*\n(/.*\n)+", ann.out, re.M)[0]
     assert ann.out.count(commands) == 4 and commands.count("\n") == 6 and max(map(len, commands.splitlines())) <= 60
-
-
-def test_client_without_a_name_is_a_guest(server, run):
-    for arguments, room in ((), "lobby"), (("--room", "tea"), "tea"):
-        guest = run(server, *arguments, typed="\n")
-        assert guest.status() == 0 and f"You are guest1 in {room}.\n" in guest.out, guest.out
-
 
 def test_client_loses_nothing(fast, run):
     """All that is typed is sent, in its order, and all that is said is shown."""
@@ -1148,33 +1085,18 @@ def test_client_loses_nothing(fast, run):
     eventually(lambda: "bob left" in robot.out)
     assert re.findall("bob: line (.*)\n", robot.out) == [str(number) for number in range(3000)]
 
-
-def test_client_whose_name_is_refused(server, run):
-    server.join("bob")
-    for typed, arguments in (("bob\nhello\n", ()), ("hello\n", ("--name", "b!"))):
-        robot = run(server, *arguments, typed=typed)
-        assert robot.status() == 1 and re.fullmatch(r"client.py: .*(bob is taken|20 letters).*--name\n", robot.err)
-
-
-@pytest.mark.parametrize("arguments, status, message", [
-    *((f"127.0.0.1 {words}", 2, "client.py: error: .+") for words in ("", "0", "65536", "x", "1 --name=", "1 --room=", "1 --room=a,b")),
-    ("127.0.0.1 BOUND", 1, r"client.py: cannot connect to 127.0.0.1:\d+: Connection refused; .*address.*"),
-    ("127.0.0.1 FULL", 1, r"client.py: cannot connect to 127.0.0.1:\d+: timed out; .*address.*"),
-    *((f"{host} 1", 1, f"client.py: cannot connect to {host}:1: .*address.*") for host in ("no.such.host.invalid", "x" * 70))], ids=str)
-def test_client_that_cannot_start(start, tmp_path, arguments, status, message):
-    script = edited(tmp_path, "client.py", ("CONNECT_SECONDS = 10 ", "CONNECT_SECONDS = 0.2 "))
-    with socket.socket() as bound, socket.socket() as full, socket.socket() as first, socket.socket() as second:
-        bound.bind(("127.0.0.1", 0))                         # but not listening
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for sock in (first, second):                         # fill the queue
-            sock.setblocking(False)
-            sock.connect_ex(full.getsockname())
-        arguments = arguments.replace("BOUND", str(bound.getsockname()[1])).replace("FULL", str(full.getsockname()[1]))
-        process = start(Process, script, *arguments.split())
-        assert process.status(5) == status and re.search(rf"^{message}$", process.err, re.M) and not process.out, process.err
-        assert process.err.startswith("usage: client.py ") if status == 2 else process.err.count("\n") == 1
-
+def test_client_with_and_without_a_name(start, run):
+    def joins(full, arguments, typed, status, out, err):
+        server = start(Server, *["--max-clients", 1] * full)
+        bob = server.join("bob")
+        ann = run(server, *arguments.split(), typed=typed)
+        assert ann.status() == status and re.fullmatch(err, ann.err) and re.fullmatch(out, ann.out), (ann.out, ann.err)
+        if status or full:
+            bob.hears_nothing_but()
+    at_once(joins, *((0, room, "\n", 0, rf"(.*\n)*.*You are guest1 in {place}\.\n.*\n", "") for room, place in (("", "lobby"), ("--room tea", "tea"))),
+            (0, "", "bob\nhello\n", 1, ".*\n", r"client\.py: .*bob is taken; .*--name\n"),
+            (0, "--name b!", "hello\n", 1, ".*\n", r"client\.py: .*20 letters.*--name\n"),
+            *((1, full, "\n", 0, r"\* the server is full \(at most 1 clients\)\n", "") for full in ("--name ann", "--name ann --room tea", "--room tea")))
 
 def test_client_whose_output_nobody_reads(server, run):
     reading, writing = os.pipe()
@@ -1185,37 +1107,14 @@ def test_client_whose_output_nobody_reads(server, run):
     bob.hears("JOINED ann", "LEFT ann")
     assert robot.status() == 0 and robot.err == ""
 
-
 @pytest.mark.parametrize("closed", [(0, 1), (2,), (0, 1, 2)])
 def test_client_without_standard_input_output_or_error(server, start, closed):
     with_nothing = start(Process, "-c", f"import os, sys; [os.close(number) for number in {closed}]; os.execv(sys.executable, "
                          f"[sys.executable, 'client.py', '127.0.0.1', '{server.port}', '--name', 'x'])")
     assert with_nothing.status() == 0 and with_nothing.err == ""
 
-
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 0), (signal.SIGKILL, 1)])
-def test_client_in_pipes_when_the_server_ends(server, run, signum, status):
-    robot = run(server, "--name", "robot", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))     # a shell's &
-    eventually(lambda: "You are robot" in robot.out)
-    server.popen.send_signal(signum)
-    assert robot.status(1 if status else PATIENCE) == status
-    assert robot.out.endswith("* the server is closing\n") if status == 0 else robot.err.startswith("client.py: connection lost")
-
-
-def test_client_at_a_full_server(start, run):
-    server = start(Server, "--max-clients", 1)
-    alice = server.join("alice")
-    for arguments in (("--name", "bob"), ("--name", "bob", "--room", "tea"), ("--room", "tea")):
-        bob = run(server, *arguments, typed="\n")
-        assert bob.status() == 0 and bob.out == "* the server is full (at most 1 clients)\n" and bob.err == ""
-    alice.hears_nothing_but()
-
-
-# A server that lies
-
 LIES = (b"\033[2J\033]0;owned\007 MSG\nMSG \033[31mred \r\033[Kboo\x9b1m\nMSG\nMSG \nMSG x\n\n \nJOINED\nLEFT \nWHO\nROOMS\n"
         b"ROOMS = a==b\nWELCOME\nWELCOME x\nERROR\nHELLO w\xc3\xb6rld\xff\xfe\xc3\n\0\0\nMSG a \xe2\x80\xaeb\xe2\x80\xa8\x7f\tc\r\n")
-
 
 def test_client_and_a_server_that_lies(liar, sit_down):
     ann = sit_down(liar, columns=200)
@@ -1225,7 +1124,6 @@ def test_client_and_a_server_that_lies(liar, sit_down):
     assert not re.findall("[\0-\7\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u2028\u202e]|\033(?!\\[[JKA])", shown), shown
     assert "? HELLO wörld\ufffd\ufffd\ufffd" in shown and "a: \ufffdb\ufffd\ufffd c" in shown
     assert "\033[2J" not in shown and "\033[31m" not in shown
-
 
 def test_client_and_a_line_without_end(liar, run):
     robot = run(liar, "--name", "robot")
@@ -1240,7 +1138,6 @@ def test_client_and_a_line_without_end(liar, run):
     assert robot.status() == 1
     assert robot.out.endswith("bob: " + "y" * 60000 + "\nbob: short\n") and "x" not in robot.out
     assert robot.out.count("too long") == 1 and robot.err.startswith("client.py: connection lost")
-
 
 def test_client_flooded_by_the_server(liar, sit_down):
     """As many lines as the terminal takes: what is typed goes out at once, and memory is bounded."""
@@ -1269,29 +1166,29 @@ def test_client_flooded_by_the_server(liar, sit_down):
     liar.stop()
     assert ann.status() == 1
 
-
-@pytest.mark.parametrize("ending", [Peer.resets, lambda liar: liar.sock.close()], ids=["reset", "close"])
 @pytest.mark.parametrize("doing", ["a key", "an answer", "a send"])
-def test_client_ends_at_once(liar, sit_down, doing, ending):
+def test_client_ends_at_once(start, sit_down, doing):
     """Whatever it is waiting for, within 0.3 s after the connection has ended."""
-    ann = sit_down(liar)
-    if doing == "an answer":
-        assert liar.accepts(b"").recv(100) == b"JOIN ann\n"
-    else:
-        liar.accepts()
-        ann.sees("* hi You are ann in r.", ">")
-        ann.type("half a line", "> half a line")
-    if doing == "a send":                                    # type more than is sent until somebody reads it
-        threading.Thread(target=ann.type, args=["\r" + ("x" * 1000 + "\r") * 2000], daemon=True).start()
-        shown = -1
-        while shown < len(ann.collected["out"]):
-            shown = len(ann.collected["out"])
-            time.sleep(0.15)                                 # nothing is echoed in all that time
-    began = time.monotonic()
-    ending(liar)
-    assert ann.status(3) == 1 and time.monotonic() - began < 0.3
-    assert ann.err.startswith("client.py: connection lost") and ann.leaves_terminal_as_it_was()
-
+    def ends(ending):
+        liar = start(Liar)
+        ann = sit_down(liar)
+        if doing == "an answer":
+            assert liar.accepts(b"").recv(100) == b"JOIN ann\n"
+        else:
+            liar.accepts()
+            ann.sees("* hi You are ann in r.", ">")
+            ann.type("half a line", "> half a line")
+        if doing == "a send":                                # type more than is sent until somebody reads it
+            threading.Thread(target=ann.type, args=["\r" + ("x" * 1000 + "\r") * 700], daemon=True).start()
+            shown = -1
+            while shown < len(ann.collected["out"]):
+                shown = len(ann.collected["out"])
+                time.sleep(0.1)                              # nothing is echoed in all that time
+        began = time.monotonic()
+        ending(liar)
+        assert ann.status(3) == 1 and time.monotonic() - began < 0.3
+        assert ann.err.startswith("client.py: connection lost") and ann.leaves_terminal_as_it_was()
+    at_once(ends, (Peer.resets,), (Peer.hangs_up,))
 
 def test_client_keys_before_the_prompt(liar, sit_down):
     """What is typed while no prompt stands there is echoed by the system; a message takes its place."""
@@ -1302,9 +1199,6 @@ def test_client_keys_before_the_prompt(liar, sit_down):
     ann.sees("bob: hi")
     sock.sendall(b"WELCOME r ann hi\n")
     ann.sees("bob: hi", "* hi You are ann in r.", "> half")
-
-
-# At a terminal
 
 def test_client_at_a_terminal(server, sit_down):
     bob = server.join("bob")
@@ -1317,11 +1211,9 @@ def test_client_at_a_terminal(server, sit_down):
     ann.type("ann\r", "in lobby.", ">", cursor=2)
     bob.hears("JOINED ann")
     ann.type("hallo", "> hallo", cursor=7)
-    bob.says("MSG hi")
-    ann.sees("bob: hi", "> hallo", cursor=7)
+    ann.hears(bob, "hi", "bob: hi", "> hallo", cursor=7)
     ann.type("\033[D\033[D\033[D\x7fe", "bob: hi", "> hello", cursor=4)                      # three to the left, correct the a
-    bob.says("MSG how are you?")
-    ann.sees("bob: hi", "bob: how are you?", "> hello", cursor=4)
+    ann.hears(bob, "how are you?", "bob: hi", "bob: how are you?", "> hello", cursor=4)
     ann.type("\r")
     bob.hears("MSG ann hello")
     ann.sees("bob: how are you?", "> hello", ">")
@@ -1333,30 +1225,27 @@ def test_client_at_a_terminal(server, sit_down):
         eventually(lambda: ann.out.count("in this room") == number)
     ann.sees(*["> /who", "* in this room: bob, ann"] * 10, ">")
 
-
-@pytest.mark.parametrize("typed", ["x" * 38, "x" * 39, "x" * 78, "日本語" * 6 + "x", "日" * 19, "x" + "日" * 19, "😀" * 40, "é" * 40, "שלום " * 9])
-def test_client_keeps_what_is_being_typed(pair, typed):
-    bob, ann = pair
-    ann.type(typed)
-    column, messages = screen("> " + typed, ann.columns)[2] % ann.columns, ["in lobby."]     # readline goes on to the next row
-    for number in range(3):
-        ann.sees_below(messages, f"> {typed}", cursor=column)
-        bob.says(f"MSG {number}")
-        messages.append(f"bob: {number}")
-    ann.type("\033[D" * 5)
-    bob.says("MSG moved")
-    ann.sees_below([*messages, "bob: moved"], f"> {typed}")
-    ann.type("\033[C" * 5)
-    ann.sees_below([*messages, "bob: moved"], f"> {typed}", cursor=column)
-    ann.type("\033[D!\r")
-    bob.hears(f"MSG ann {typed[:-1]}!{typed[-1]}")
-
+def test_client_keeps_what_is_being_typed(start, sit_down):
+    def keeps(typed):
+        bob, ann = pair(start(Server, "--rate", 0), sit_down)
+        ann.type(typed)
+        column, messages = screen("> " + typed, ann.columns)[2] % ann.columns, ["in lobby."]     # readline goes on to the next row
+        for number in range(3):
+            ann.sees_below(messages, f"> {typed}", cursor=column)
+            bob.says(f"MSG {number}")
+            messages.append(f"bob: {number}")
+        ann.type("\033[D" * 5)
+        bob.says("MSG moved")
+        ann.sees_below([*messages, "bob: moved"], f"> {typed}")
+        ann.type("\033[C" * 5)
+        ann.sees_below([*messages, "bob: moved"], f"> {typed}", cursor=column)
+        ann.type("\033[D!\r")
+        bob.hears(f"MSG ann {typed[:-1]}!{typed[-1]}")
+    at_once(keeps, *zip(["x" * 38, "x" * 39, "x" * 78, "日本語" * 6 + "x", "日" * 19, "x" + "日" * 19, "😀" * 40, "é" * 40, "שלום " * 9]))
 
 def test_client_many_messages_while_keys_come(fast, sit_down):
     """Four hundred messages while a key comes every 3 ms: all are shown, all that is typed is sent."""
-    bob = fast.join("bob")
-    ann = sit_down(fast, columns=60)
-    bob.hears("JOINED ann")
+    bob, ann = pair(fast, sit_down, columns=60)
     typed = [f"line {number} of what ann types; it is longer than her screen is wide" for number in range(3)]
 
     def talk():
@@ -1380,16 +1269,14 @@ def test_client_many_messages_while_keys_come(fast, sit_down):
     bob.hears(*(f"MSG ann pasted {number}" for number in range(50)))
     assert "\033[?2004h" not in ann.out                      # bracketed paste would make it one line
 
-
-def test_client_message_while_searching_and_far_from_the_end(pair):
-    bob, ann = pair
+def test_client_message_while_searching_and_far_from_the_end(fast, sit_down):
+    bob, ann = pair(fast, sit_down)
     for typed in ("good morning", "good evening"):
         ann.type(f"{typed}\r", f"> {typed}", ">", cursor=2)                # before that, the system echoes keys
         bob.hears(f"MSG ann {typed}")
     if not LIBEDIT:                                          # its search looks different
         ann.type("\x12morn", "(reverse-i-search)`morn': good morning")                                 # Ctrl-R: search the history
-        bob.says("MSG hi")
-        ann.sees("> good evening", "bob: hi", "(reverse-i-search)`morn': good morning")
+        ann.hears(bob, "hi", "> good evening", "bob: hi", "(reverse-i-search)`morn': good morning")
         ann.type("\r")
         bob.hears("MSG ann good morning")
         ann.sees(">", cursor=2)
@@ -1405,21 +1292,17 @@ def test_client_message_while_searching_and_far_from_the_end(pair):
     ann.type("y\r")
     bob.hears("MSG ann yx{100}")
 
-
 def test_client_with_a_readline_that_cannot_clear_the_line(fast, sit_down, tmp_path):
     """As with libedit, on macOS: a row survives; of several, the upper ones stay there once more."""
-    bob = fast.join("bob")
-    ann = sit_down(fast, script=edited(tmp_path, "client.py", ('"rl_clear_visible_line"', '"rl_no_such_function"')))
+    bob, ann = pair(fast, sit_down, script=edited(tmp_path, "client.py", ('"rl_clear_visible_line"', '"rl_no_such_function"')))
     ann.type("half a line\033[D\033[D")
     for number in range(3):
         ann.sees("in lobby.", *(f"bob: {earlier}" for earlier in range(number)), "> half a line", cursor=11)
         bob.says(f"MSG {number}")
     ann.type("x" * 40, "> half a li" + "x" * 29, "x" * 11 + "ne", cursor=11)
-    bob.says("MSG hi")
-    ann.sees("bob: hi", "> half a li" + "x" * 29, "x" * 11 + "ne", cursor=11)
+    ann.hears(bob, "hi", "bob: hi", "> half a li" + "x" * 29, "x" * 11 + "ne", cursor=11)
     ann.type("\r")
-    bob.hears("JOINED ann", "MSG ann half a lix{40}ne")
-
+    bob.hears("MSG ann half a lix{40}ne")
 
 def test_client_colours(server, sit_down, run, tmp_path):
     windows = edited(tmp_path, "client.py", ('os.name != "nt"', "False"))         # its old console shows codes as text
@@ -1440,73 +1323,63 @@ def test_client_colours(server, sit_down, run, tmp_path):
     assert not any(re.search(r"\033\[[0-9;]*m", person.out) for person in plain)
     assert not any("\033" in person.out for person in (plain[1], plain[3]))
 
-
 def test_client_with_a_simple_terminal_loses_nothing(server, sit_down):
-    bob = server.join("bob")
-    ann = sit_down(server, TERM="dumb")
+    bob, ann = pair(server, sit_down, TERM="dumb")
     ann.type("hel", "> hel")
-    bob.says("MSG hi")
-    ann.sees("bob: hi", ">")
+    ann.hears(bob, "hi", "bob: hi", ">")
     ann.type("lo\r")
-    bob.hears("JOINED ann", "MSG ann hello")
+    bob.hears("MSG ann hello")
 
+def test_client_ends(start, sit_down, run):
+    """By a command, by a key, or because the server has been closed or killed: at the prompt, asked for its name (again), in a pipe."""
+    left, closed, lost = (0, "* you have left"), (0, "* the server is closing"), (1, None)
 
-@pytest.mark.parametrize("keys", ["/quit\r", "\x04", "\x03", "half a line\x03"], ids=ascii)
-def test_client_leaves(pair, keys):
-    bob, ann = pair
-    ann.type(keys)
-    assert ann.status() == 0 and ann.err == "" and ann.leaves_terminal_as_it_was()
-    ann.sees("* you have left")
-    bob.hears_nothing_but("LEFT ann")
-
-
-@pytest.mark.parametrize("key", ["\x04", "\x03"], ids=ascii)
-@pytest.mark.parametrize("again", [False, True])
-def test_client_leaves_when_asked_for_its_name(server, sit_down, key, again):
-    server.join("ann")
-    ann = sit_down(server, None)
-    ann.sees("Your name:")
-    if again:
-        ann.type("ann\r", "Your name: ann", "! the name ann is taken", "Your name:")
-    ann.type(key)
-    assert ann.status() == 0 and ann.err == "" and ann.leaves_terminal_as_it_was()
-
-
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 0), (signal.SIGKILL, 1)])
-@pytest.mark.parametrize("name, keys, prompt", [("ann", "half a line", "> half a line"), (None, "an", "Your name: an")])
-def test_client_at_a_terminal_when_the_server_ends(server, sit_down, signum, status, name, keys, prompt):
-    ann = sit_down(server, name)
-    ann.sees(prompt[:-len(keys)].rstrip())
-    ann.type(keys)
-    ann.sees(prompt)
-    server.popen.send_signal(signum)
-    assert ann.status(3) == status and ann.leaves_terminal_as_it_was()
-    assert ann.err == status * "client.py: connection lost; start again when the server is back\n"
-    ann.sees(prompt, *["* the server is closing"] * (status == 0))
-
+    def ends(prompt, typed, ending, status, reason):
+        server = start(Server)
+        bob = server.join("bob")
+        if prompt == "a pipe":
+            ann = run(server, "--name", "ann", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))      # as a shell's & does
+            eventually(lambda: "You are ann" in ann.out)
+        else:
+            ann = sit_down(server, "ann" if prompt == "> " else None)
+            if prompt == "again":
+                eventually(lambda: ann.lines[-1] == "Your name:")
+                ann.type("bob\r", "Your name: bob", "! the name bob is taken", "Your name:")
+            prompt = prompt if prompt == "> " else "Your name: "
+            ann.sees(prompt.rstrip())
+            ann.type(typed, (prompt + typed).rstrip())
+        ann.type(ending) if isinstance(ending, str) else server.popen.send_signal(ending)
+        assert ann.status(1 if status else PATIENCE) == status
+        assert ann.err == status * "client.py: connection lost; start again when the server is back\n"
+        eventually(lambda: status or ann.out.rstrip().endswith(f"{reason}\033[0m") or ann.out.endswith(f"{reason}\n"), lambda: ann.out)
+        if prompt != "a pipe":
+            assert ann.leaves_terminal_as_it_was()
+            ann.sees(prompt.rstrip() + (f" {typed}" if typed else " /quit" if "quit" in str(ending) else ""), *[reason] * (not status))
+        if isinstance(ending, str):
+            bob.hears_nothing_but(*["JOINED ann", "LEFT ann"] * (prompt == "> "))
+    at_once(ends, ("> ", "", "/quit\r", *left), ("> ", "", "\x04", *left), ("> ", "", "\x03", *left), ("> ", "half a line", "\x03", *left),
+            ("Your name: ", "", "\x04", *left), ("Your name: ", "", "\x03", *left), ("again", "", "\x04", *left), ("again", "", "\x03", *left),
+            *((prompt, typed, signum, *end) for signum, end in ((signal.SIGINT, closed), (signal.SIGKILL, lost))
+              for prompt, typed in (("> ", "half a line"), ("Your name: ", "an"), ("a pipe", ""))))
 
 def test_client_where_input_cannot_be_interrupted(server, sit_down, tmp_path):
     script = edited(tmp_path, "client.py", ('BELL = getattr(signal, "SIGUSR1", None)', "BELL = None"),
                     ("    import readline ", "    import no_readline_on_windows as readline "))
-    bob = server.join("bob")
-    ann = sit_down(server, script=script, columns=70, stderr=None)
-    bob.says("MSG hi")
-    ann.sees("bob: hi", ">")
+    bob, ann = pair(server, sit_down, script=script, columns=70, stderr=None)
+    ann.hears(bob, "hi", "bob: hi", ">")
     ann.type("hello\r")
-    bob.hears("JOINED ann", "MSG ann hello")
+    bob.hears("MSG ann hello")
     server.popen.kill()
     eventually(lambda: "press Enter" in ann.out)
     ann.type("\r")
     assert ann.status() == 1
     ann.sees("client.py: connection lost; start again when the server is back")
 
-
 # ---- The lesson: what README says is what happens -------------------------------------------------
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {script: (HERE / script).read_text(encoding="utf-8") for script in ("server.py", "client.py")}
 FENCES = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-
 
 def section(heading):
     """Return README's text under a heading, up to the next one of its level or above."""
@@ -1516,7 +1389,6 @@ def section(heading):
     end = re.search(rf"^#{{1,{len(start[1])}}} ", FENCES.sub(lambda block: "x" * len(block[0]), rest), re.M)
     return rest[:end.start()] if end else rest
 
-
 def functions(script):
     """Return {name: its code} of the functions in a script."""
     found = collections.defaultdict(str)
@@ -1525,20 +1397,12 @@ def functions(script):
             found[node.name] += "\n".join(SCRIPTS[script].splitlines()[node.lineno - 1:node.end_lineno]) + "\n"
     return found
 
-
-NC = """
-import os, signal, socket, sys, threading
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
-def send():
-    for data in iter(lambda: os.read(0, 65536), b""):
-        sock.sendall(data)
-threading.Thread(target=send, daemon=True).start()
-for data in iter(lambda: sock.recv(65536), b""):
-    os.write(1, data)
-os._exit(0)
+NC = """#!/bin/bash
+until exec 3<>/dev/tcp/$1/$2; do sleep 0.05; done 2> /dev/null       # forty.py does not say when it listens
+cat <&0 >&3 &
+cat <&3
+kill $! 2> /dev/null
 """
-
 
 class Replay:
     """What README shows under a heading, to be played with the real scripts in real terminals.
@@ -1548,42 +1412,35 @@ class Replay:
     anything; what stands in brackets is a direction; and all the rest is what the terminal shows.
     """
 
-    def __init__(self, start, folder, heading, commands=None):
-        self.start, self.folder, self.text = start, folder, section(heading)
-        self.edits, place = [], []
-        for script, function, diff in re.findall(r"[Ii]n `(\w+\.py)`|[Ii]n `(\w+)`|^```diff\n(.*?)^```", self.text, re.M | re.S):
-            place = [script, ""] if script else [*place[:1], function] if function else place
-            if diff:
-                self.edits.append((*place, *("".join(line[1:] + "\n" for line in diff.splitlines() if line[0] == sign) for sign in "-+")))
-        blocks = FENCES.findall(self.text)
+    def __init__(self, start, folder, heading, edits, commands):
+        text = section(heading)
+        blocks = collections.defaultdict(str)
+        for language, block in FENCES.findall(text):
+            blocks[language] += block
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = str(free.getsockname()[1])
-        commands = "".join([commands or "", *(block for language, block in blocks if language == "sh")]).replace("12345", self.port)
-        self.commands = re.findall(r"^(\S.*(?:\n .*)*)", commands, re.M)
-        self.transcript = next((block for language, block in blocks if language == "transcript"), "")
-        for name, text in (("python", '#!/bin/sh\nexec "{0}" "$@"\n'), ("nc", "#!{0}\n" + NC), *((f"{language}.py", block) for language, block in blocks if language == "python")):
-            path = folder / name.replace("python.py", "forty.py")
-            path.write_text(text.replace("{0}", sys.executable) if "." not in name else text)
-            path.chmod(0o755)
-
-    def applied(self, *numbers):
-        """Apply these edits, from 1, to copies of the scripts."""
+        self.start, self.folder, self.transcript = start, folder, blocks["transcript"]
+        self.commands = re.findall(r"^(\S.*(?:\n .*)*)", (commands or blocks["sh"]).replace("12345", self.port), re.M)
+        for name, text_of_it in (("python", '#!/bin/sh\nexec "{0}" "$@"\n'), ("nc", NC), ("forty.py", blocks["python"])):
+            (folder / name).write_text(text_of_it.replace("{0}", sys.executable) if name != "forty.py" else text_of_it)
+            (folder / name).chmod(0o755)
+        chosen, place, number = {script: [] for script in SCRIPTS}, [], 0
+        for script, function, diff in re.findall(r"[Ii]n `(\w+\.py)`|[Ii]n `(\w+)`|^```diff\n(.*?)^```", text, re.M | re.S):
+            place = [script, ""] if script else [*place[:1], function] if function else place
+            number += bool(diff)
+            if diff and number in edits:
+                old, new = ("".join(line[1:] + "\n" for line in diff.splitlines() if line[0] == sign) for sign in "-+")
+                assert old in (functions(place[0])[place[1]] if place[1] else SCRIPTS[place[0]]), f"README: no such lines in {place}:\n{old}"
+                chosen[place[0]].append((f"\n{old}", f"\n{new}"))
         for script in SCRIPTS:
-            chosen = []
-            for name, function, old, new in (self.edits[number - 1] for number in numbers):
-                if name == script:
-                    assert f"\n{old}" in SCRIPTS[script], f"README: this edit of {script} does not apply any more:\n{old}"
-                    assert not function or old in functions(script)[function], f"README: this is not in {function}:\n{old}"
-                    chosen.append((f"\n{old}", f"\n{new}"))
-            edited(self.folder, script, *chosen)
-        return self
+            edited(folder, script, *chosen[script])
 
     def run(self, number):
         """Start a command in a terminal, in the folder with the scripts; wait until a server listens, a client says something."""
         command = self.commands[number]
-        simple = "" if re.search(r"[|(]", command) else "exec "
-        terminal = self.start(Terminal, "-c", "import os, sys; os.execvp('bash', ['bash', '-c', sys.argv[1]])", simple + command,
+        terminal = self.start(Terminal, "-c", "import os, sys; os.execvp('bash', ['bash', '-c', sys.argv[1]])",
+                              ("" if re.search(r"[|(]", command) else "exec ") + command,
                               columns=200, stderr=None, cwd=self.folder, PATH=f"{self.folder}:{os.environ['PATH']}")
         awaited = {"python server": " listening on ", "python client": "\n"}.get(command[:13], "")
         eventually(lambda: awaited in terminal.out or "Your name:" in terminal.out, lambda: f"{command}: {terminal.out}")
@@ -1601,22 +1458,19 @@ class Replay:
                 elif cell:
                     last[number] = rows[-1]
         running, expected = {}, collections.defaultdict(list)
-
-        def see(rest):
-            for number in filter(expected.get, running):
-                eventually(lambda: self.matches(running[number], expected[number], rest), lambda: f"{expected[number]}; there is {running[number].lines}", patience)
-        for row in rows:
+        for row in [*rows, []]:
             for number, cell in enumerate(row):
                 if cell == "$":
                     running[number] = self.run(number)
                 self.act(running.get(number), cell, expected[number], self.commands[number], patience)
-            see("(.*\n)*")
+            for number in filter(expected.get, running):     # more may follow, but not at the end
+                eventually(lambda: matches(running[number].lines, expected[number], "(.*\n)*" if row else ""),
+                           lambda: f"{expected[number]}; there is {running[number].lines}", patience)
             for number in (number for number, cell in enumerate(row) if cell in ("(nothing)", "(a processor is busy)")):
-                before, cpu = running[number].out, running[0].measured("cpu")
+                before, cpu, busy = running[number].out, running[0].measured("cpu"), row[number] == "(a processor is busy)"
                 time.sleep(0.4)                              # in all that time
-                assert running[number].out == before
-                assert row[number] == "(nothing)" or cpu is None or running[0].grows("cpu", cpu) > 0.2 * 0.4     # the machine may be busy
-        see("")
+                assert busy or running[number].out == before
+                assert not busy or cpu is None or running[0].grows("cpu", cpu) > 0.2 * 0.4       # the machine may be busy, too
 
     def act(self, terminal, cell, expected, command, patience):
         """Do what a cell says, and note what is then to be seen."""
@@ -1629,52 +1483,68 @@ class Replay:
         elif cell and cell[0] not in "$(^":
             expected.append(typed[2] if typed and command.startswith("nc ") else cell)
 
-    def matches(self, terminal, expected, rest):
-        """Return whether the lines on the screen are the expected ones, and then `rest` (a regular expression)."""
-        def masked(text):
-            text = re.sub(r"^\d\d:\d\d:\d\d ", "hh:mm:ss ", re.sub(r"\^[C\\]", "", text), flags=re.M)
-            return re.sub(r'(127\.0\.0\.1:|File ".*server\.py", line )\d+', "N", text)
-        lines = [f"{line}\n" for line in masked("\n".join(terminal.lines)).splitlines() if line.strip() not in ("", ">", "Your name:")]
-        pattern = "".join(r"(.*\n)*" if line == "…" else re.escape(masked(line)) + "\n" for line in expected)
-        return re.fullmatch(pattern + rest, "".join(lines))
+def matches(lines, expected, rest):
+    """Return whether the lines on a screen are the expected ones, and then `rest` (a regular expression)."""
+    def masked(text):
+        text = re.sub(r"^\d\d:\d\d:\d\d ", "hh:mm:ss ", re.sub(r"\^[C\\]", "", text), flags=re.M)
+        return re.sub(r'(127\.0\.0\.1:|File ".*server\.py", line )\d+', "N", text)
+    seen = [f"{line}\n" for line in masked("\n".join(lines)).splitlines() if line.strip() not in ("", ">", "Your name:")]
+    return re.fullmatch("".join(r"(.*\n)*" if line == "…" else re.escape(masked(line)) + "\n" for line in expected) + rest, "".join(seen))
 
+def player(stack, folder):
+    """Return replay(heading, edits, ...), a Replay in a folder of its own, with these edits (numbers, from 1) applied."""
+    folders = (folder / f"replay{number}" for number in itertools.count())
 
-@pytest.fixture
-def replay(start, tmp_path):
-    """replay(heading, edits, ...) is a Replay in a folder of its own, with these edits applied."""
-    folders = map("{}/{}".format, itertools.repeat(tmp_path), itertools.count())
-
-    def replay(heading, *edits, **more):
-        folder = Path(next(folders))
-        folder.mkdir()
-        return Replay(start, folder, heading, **more).applied(*edits)
+    def replay(heading, *edits, commands=None):
+        home = next(folders)
+        home.mkdir()
+        return Replay(starter(stack), home, heading, edits, commands)
     return replay
 
+@pytest.fixture
+def replay(tmp_path):
+    with contextlib.ExitStack() as stack:
+        yield player(stack, tmp_path)
 
-def test_lesson_transcripts(replay):
-    """The session, the forty lines, and `nc` as a client (whose server has no column)."""
-    nc = replay("`nc` as a client")
-    nc.commands.append(f"python server.py {nc.port}")
-    nc.run(2)
-    session = replay("A session", commands=section("Two terminals")[section("Two terminals").index("python"):])
-    at_once(lambda each: each.play(), (nc,), (session,), (replay("The server in forty lines"),))
+def fails(control):
+    with pytest.raises(AssertionError):
+        control.play(patience=1.5)
 
+def wait_at_the_door(slow, short):
+    """Where the queue is long all are served; where it is short few are, before TCP asks again after a second."""
+    servers, crowds = [each.run(0) for each in (slow, short)], [each.run(1) for each in (slow, short)]
+    began = time.monotonic()
+    eventually(lambda: servers[0].out.count("thread ends: you said LEAVE") == 30 and "real" in crowds[0].out, "all of them")
+    time.sleep(max(0, began + 0.9 - time.monotonic()))
+    assert 0 < servers[1].out.count("thread ends: you said LEAVE") < 30
 
-@pytest.mark.parametrize("number, edits", [(1, [1]), (2, [1, 2]), (3, [1]), (4, [1]), (5, [1, 2]), (7, [1, 2]), (8, [1])])
-def test_lesson_experiment(replay, number, edits):
-    """With its edits one sees what README shows; without the last of them one does not."""
-    broken, control = replay(f"Experiment {number}:", *edits), replay(f"Experiment {number}:", *edits[:-1])
+EXPERIMENTS = {1: [1], 2: [1, 2], 3: [1], 4: [1], 5: [1, 2], 7: [1, 2], 8: [1]}      # which of their edits are in the transcript
+LESSONS = ["The server in forty lines", "A session, side by side", "`nc` as a client", *map("Experiment {}:".format, EXPERIMENTS)]
 
-    def fail():
-        with pytest.raises(AssertionError):
-            control.play(patience=2.5)
-    plays = [(broken.play,), (fail,)]
-    if number == 4:                                          # with the second edit bob's screen is cleared, too
-        both = replay("Experiment 4:", 1, 2)
+@pytest.fixture(scope="module")
+def plays(tmp_path_factory):
+    """Results of all that is played. It is played at the same time, since most of it is waiting."""
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(20) as pool:
+        replay, plays, quick = player(stack, tmp_path_factory.mktemp("lesson")), {}, section("Two terminals")
+        for heading in LESSONS[:3]:
+            each = replay(heading, commands=quick[quick.index("python"):] if "session" in heading else None)
+            if "nc" in heading:                              # whose server has no column
+                each.commands.append(f"python server.py {each.port}")
+                each.run(2)
+            plays[heading] = [pool.submit(each.play)]
+        for heading, edits in zip(LESSONS[3:], EXPERIMENTS.values()):
+            plays[heading] = [pool.submit(replay(heading, *edits).play), pool.submit(fails, replay(heading, *edits[:-1]))]
+        plays["Experiment 9:"] = [pool.submit(wait_at_the_door, replay("Experiment 9:", 1), replay("Experiment 9:", 1, 2))]
+        both = replay("Experiment 4:", 1, 2)                 # with the second edit bob's screen is cleared, too
         both.transcript = re.sub(r"mallory: [^|]*", "(the screen is cleared)", both.transcript).replace("    my", "alice: I have copied my")
-        plays.append((both.play,))
-    at_once(lambda play: play(), *plays)
+        plays["Experiment 4:"].append(pool.submit(both.play))
+        yield plays
 
+@pytest.mark.parametrize("heading", [*LESSONS, "Experiment 9:"])
+def test_lesson(plays, heading):
+    """One sees what README shows; of an experiment, without the last of its edits, one does not."""
+    for future in plays[heading]:
+        future.result()
 
 def test_lesson_experiment_6_wait_for_the_reader(replay):
     def try_it(*edits):
@@ -1699,22 +1569,11 @@ def test_lesson_experiment_6_wait_for_the_reader(replay):
         other.hangs_up()
     at_once(try_it, (1,), ())
 
-
-def test_lesson_experiment_9_a_short_queue(replay):
-    slow, short = replay("Experiment 9:", 1), replay("Experiment 9:", 1, 2)
-    servers = [each.run(0) for each in (slow, short)]
-    began = time.monotonic()
-    crowds = [each.run(1) for each in (slow, short)]
-    eventually(lambda: servers[0].out.count("thread ends: you said LEAVE") == 30 and "real" in crowds[0].out, "all of them where the queue is long")
-    time.sleep(max(0, began + 0.9 - time.monotonic()))       # TCP asks again after a second
-    assert 0 < servers[1].out.count("thread ends: you said LEAVE") < 30
-
-
 def test_lesson_experiment_10_no_pacing(replay):
     def try_it(limit):
         experiment = replay("Experiment 10:")
         experiment.commands[0] = experiment.commands[0].replace(" --rate 0", limit)
-        server, bob, mallory = (experiment.run(number) for number in range(3))
+        server, bob, _ = (experiment.run(number) for number in range(3))
         if limit:
             assert bob.popen.wait(PATIENCE) == 1
             eventually(lambda: "client.py: connection lost" in bob.out and "client-1  thread ends: dropped: it does not read" in server.out)
@@ -1732,41 +1591,35 @@ def test_lesson_experiment_10_no_pacing(replay):
         carol.hangs_up()
     at_once(try_it, (" --rate 0",), ("",))
 
-
 def test_lesson_names(start):
     """README names no function, log line, constant, message, file, option or place in itself that is not there."""
-    def tables(heading, code=r"`(.+?)`"):
+    def table(heading):
         rows = [line.strip("| ").split(" | ") for line in section(heading).splitlines() if line.startswith("| ")]
-        return [[re.findall(code, cell) for cell in row] for row in rows[1:] if set(row[0]) != {"-"}]
-    session = section("A session")
+        return [[re.findall(r"`(.+?)`", cell) for cell in row] for row in rows[1:] if set(row[0]) != {"-"}]
+    session = re.sub(r"\s*\|\n?\s*", " ", section("A session"))
     for script, heading, steps in (("server.py", "The walk: eight", 8), ("client.py", "The walk: five", 5)):
-        rows = tables(heading)
-        assert len(rows) == steps
-        for _, _, names, lines in rows:
+        assert len(table(heading)) == steps
+        for _, _, names, lines in table(heading):
             assert names and set(names) <= set(functions(script)), f"not all in {script}: {names}"
-            text = re.sub(r"\s*\|\n?\s*", " ", session)
-            assert all(line.split("!")[0] in text or line == "--trace" for line in lines), lines
-    for actor, names in re.findall(r"(?:Note over (\w)|->>\w): ([\w, ]+):", section("One message")):
+            assert all(line.split("!")[0] in session or line == "--trace" for line in lines), lines
+    for names in re.findall(r"(?:Note over \w|->>\w): ([\w, ]+):", section("One message")):
         assert set(names.split(", ")) <= {name for script in SCRIPTS for name in functions(script)}, names
-    for _, codes, *_ in tables("From C"):
-        assert all(code.rstrip("…)") in SCRIPTS["server.py"] for code in codes), codes
-    verbs = [codes[0][0].split()[0] for codes in tables("The protocol") if codes[0] and len(codes) == 2]
+    assert all(code.rstrip("…)") in SCRIPTS["server.py"] for _, codes, *_ in table("From C") for code in codes)
+    verbs = [codes[0][0].split()[0] for codes in table("The protocol") if codes[0] and len(codes) == 2]
     assert verbs == "JOIN MSG WHO ROOMS LEAVE WELCOME MSG JOINED WHO ROOMS ERROR BYE".split()
     rules = section("The rules")
     assert re.findall(r"^(\d+)\.", rules, re.M) == [str(n) for n in range(1, 13)]
-    rules = " ".join(rules.split())
     for constant, words in (("MAX_REQUEST = 1024 ", "1024 bytes"), ('r"[\\w-]{1,20}"', "1 to 20 letters"), ("JOIN_SECONDS = 30 ", "30 seconds"),
                             ("FAREWELL_SECONDS = 2 ", "2 seconds at most"), ("SEND_BUFFER = 256 * 1024 ", "256 KiB"), ("RECEIVE_BUFFER = 64 * 1024 ", "64 KiB"),
                             ('"--max-clients", type=int, default=100,', "100 clients"), ('"--rate", type=int, default=8192,', "8192 bytes"),
                             ("REQUEST_BYTES = 100 ", "100 bytes")):
-        assert constant in SCRIPTS["server.py"] and words in rules, constant
+        assert constant in SCRIPTS["server.py"] and words in " ".join(rules.split()), constant
     for message in re.findall(r"^\| `(.*?)` ?…?.* \|", section("When it does not connect"), re.M):
         assert any(re.sub(r"\bann\b", "{name}", message) in text for text in SCRIPTS.values()), message
     assert all(command in SCRIPTS["client.py"] for command in re.findall(r"`(/\w+)", section("A demo")))
     processes = {script: start(Process, script, "--help") for script in SCRIPTS}
     helps = {script: process.status() or process.out for script, process in processes.items()}
-    for script in re.findall(r"[\w/-]+\.(?:py|txt|md)\b", README):
-        assert script == "forty.py" or (HERE / script).exists(), script
+    assert all(script == "forty.py" or (HERE / script).exists() for script in re.findall(r"[\w/-]+\.(?:py|txt|md)\b", README))
     for script, arguments in re.findall(r"python (server\.py|client\.py)([^`\n|&>)]*)", README):
         assert all(option in helps[script] for option in re.findall(r"--[\w-]+", arguments)), arguments
     assert all(option in "".join(helps.values()) for option in re.findall(r"`[^`\n]*?(--[a-z-]+)", README))
@@ -1774,31 +1627,16 @@ def test_lesson_names(start):
     places = ["#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
     links = re.findall(r"\]\(([^)]*)\)", README)
     assert len(places) == len(set(places)) and links and set(links) <= set(places), set(links) - set(places)
-    assert section("The server in forty").split("```python\n")[1].split("```")[0].count("\n") <= 40
-
-
-def test_lesson_trace(start):
-    expected = FENCES.findall(section("One message"))[-1][1]
-    server = start(Server, "--trace")
-    alice, bob = server.join_both("alice", "bob")
-    server.logs(r"client-2 +lets go of the lock\n\Z")
-    before = len(server.err)
-    alice.says("MSG hi")
-    bob.hears("MSG alice hi")
-    eventually(lambda: server.err.count("\n", before) == expected.count("\n"), "the trace")
-    assert [line.split(" ", 1)[1] for line in server.err[before:].splitlines()] == [line.split(" ", 1)[1] for line in expected.splitlines()]
-
+    assert len(FENCES.findall(section("The server in forty"))[0][1].splitlines()) <= 40
 
 # ---- How fast -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments, clients, talkers, count, pause", [
-    (["--rate", 0], 50, 10, 50, 0), ([], 50, 10, 5, 0.005), (["--rate", 0, "--max-clients", 300], 300, 5, 10, 0)], ids=["fast", "default", "many"])
+    (["--rate", 0], 50, 10, 30, 0), ([], 50, 10, 5, 0.005), (["--rate", 0, "--max-clients", 300], 300, 5, 6, 0)], ids=["fast", "default", "many"])
 def test_fan_out(start, arguments, clients, talkers, count, pause):
-    """Let `talkers` members in turn say `count` messages each to a room of `clients`; print the figures.
+    """Let `talkers` members in turn say `count` messages each to a room of `clients`; print the figures, which are not judged.
 
-    One message is on its way at a time: the next is said when all have heard the last, and `pause`
-    seconds later. The delay of a message is the time until the last of the others has heard it.
-    Nothing may be lost; how long it takes is not judged.
+    The next is said when all have heard the last, and `pause` seconds later. Its delay is the time until the last has heard it.
     """
     server = start(Server, *arguments)
     server.logs("listening")

@@ -9,7 +9,6 @@ A test starts a server of its own on a free port, and reads like the protocol:
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import itertools
 import os
 import re
@@ -46,12 +45,10 @@ LIBEDIT = "libedit" in readline.__doc__
 def eventually(condition, what="it", seconds=PATIENCE):
     """Wait until `condition()` is true, and return its value; fail after so many seconds."""
     end = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value:
-            return value
+    while not (value := condition()):
         assert time.monotonic() < end, f"waited {seconds} s for {what() if callable(what) else what}"
         time.sleep(0.005)
+    return value
 
 def edited(folder, script, *edits):
     """Return the path of a copy of `script` with (old, new) edits; each old must be in it once."""
@@ -83,9 +80,6 @@ class Process:
     out = property(lambda self: self.printed(self.files[0]))
     err = property(lambda self: self.printed(self.files[1]))
 
-    def type(self, text):
-        os.write(self.popen.stdin.fileno(), text.encode())
-
     def status(self, seconds=PATIENCE):
         """Wait for the end; return the exit status. No traceback is ever printed."""
         status = self.popen.wait(seconds)
@@ -103,10 +97,8 @@ class Process:
         """Return "VmRSS" or "VmHWM" (KiB of memory, now and at most), "cpu" (seconds) or "files"; None, with a warning, if not known."""
         proc = Path(f"/proc/{self.popen.pid}")
         if not proc.exists():
-            with contextlib.suppress(OSError, ValueError):
-                if what == "VmRSS":
-                    return int(subprocess.run(["ps", "-o", "rss=", "-p", str(self.popen.pid)], stdout=subprocess.PIPE).stdout)
-            return warnings.warn(f"not checked here, without /proc: {what}")
+            memory = subprocess.getoutput(f"ps -o rss= -p {self.popen.pid}").strip() if what == "VmRSS" else ""
+            return int(memory) if memory.isdigit() else warnings.warn(f"not checked here, without /proc: {what}")
         if what == "cpu":
             return sum(map(int, (proc / "stat").read_text().rsplit(")", 1)[1].split()[11:13])) / os.sysconf("SC_CLK_TCK")
         return len(os.listdir(proc / "fd")) if what == "files" else int(re.search(rf"{what}:\s+(\d+)", (proc / "status").read_text())[1])
@@ -201,9 +193,7 @@ class Terminal(Process):
         """The last lines on the screen become these; the cursor stands `cursor` columns from the left."""
         def as_expected():
             shown, _, column = screen(self.out, self.columns)
-            while shown and not shown[-1]:
-                shown.pop()
-            return shown[-len(lines):] == list(lines) and cursor in (None, column)
+            return "\n".join(["", *shown]).rstrip("\n").endswith("\n".join(["", *lines])) and cursor in (None, column)
         eventually(as_expected, lambda: f"{lines}, cursor {cursor}; but saw {screen(self.out, self.columns)}")
 
     def hears(self, bob, message, *lines, cursor=None):
@@ -228,21 +218,19 @@ class Terminal(Process):
         os.close(self.keyboard)
 
 def frozen(terminal, seconds=0.4):
-    """Wait until nothing has come in all that time; return how many bytes have come before."""
+    """Wait until nothing has come in all that time."""
     shown = -1
     while shown < len(terminal.shown):
         shown = len(terminal.shown)
         time.sleep(seconds)
-    return shown
 
 class Server(Process):
-    """A running server."""
+    """A server that listens."""
 
     def __init__(self, *arguments, script=HERE / "server.py", **more):
         super().__init__(script, 0, *arguments, **more)
         self.peers = []
-
-    port = functools.cached_property(lambda self: int(self.logs(r" listening on \S+:(\d+) ")[1]))
+        self.port = int(self.logs(r" listening on \S+:(\d+) ")[1])
 
     def connect(self, **options):
         self.peers.append(Peer(self.port, **options))
@@ -296,10 +284,7 @@ class Peer:
         self.sock.settimeout(PATIENCE)
         self.sock.connect(("127.0.0.1", port))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.buffer = b""
-
-    def sends(self, data):
-        self.sock.sendall(data)
+        self.sends, self.buffer = self.sock.sendall, b""
 
     def says(self, *requests):
         self.sends("".join(f"{request}\n" for request in requests).encode())
@@ -338,11 +323,10 @@ class Peer:
     def hears_sometime(self, pattern):
         """One of the next lines matches; return it."""
         end = time.monotonic() + PATIENCE
-        while True:
-            line = self.line(end - time.monotonic())
-            assert line is not None, f"the end came before {pattern!r}"
+        for line in iter(lambda: self.line(end - time.monotonic()), None):
             if re.fullmatch(pattern, line):
                 return line
+        pytest.fail(f"the end came before {pattern!r}")
 
     def leaves(self):
         self.says("LEAVE")
@@ -370,20 +354,9 @@ def starting():
 start = pytest.fixture(starting, name="start")
 start_all = pytest.fixture(starting, scope="module", name="start_all")
 
-@pytest.fixture(scope="module")
-def next_server():
-    """A list with the next test's server, which starts up while this test is running."""
-    servers = [Server()]
-    yield servers
-    servers.pop().stop()
-
 @pytest.fixture
-def server(next_server):
-    next_server.append(Server())
-    server = next_server.pop(0)
-    assert server.port
-    yield server
-    server.stop()
+def server(start):
+    return start(Server)
 
 @pytest.fixture
 def fast(start):
@@ -439,14 +412,13 @@ def test_rule_3_moving(server):
     alice.asks("JOIN anna den\nWHO", "WELCOME den anna .*", "WHO carol anna")
     bob.hears("LEFT alice")
     carol.hears("JOINED anna")
-    anna = alice
-    anna.asks("JOIN carol lobby\nJOIN anna !\nJOIN x y z\nJOIN anna\nJOIN anna den\nWHO\nROOMS",
+    alice.asks("JOIN carol lobby\nJOIN anna !\nJOIN x y z\nJOIN anna\nJOIN anna den\nWHO\nROOMS",
               *["ERROR .*"] * 5, "WHO carol anna", "ROOMS lobby=1 den=2")
     bob.hears_nothing_but()
     carol.hears_nothing_but()
     carol.asks("JOIN carol lobby", "WELCOME lobby carol .*")
-    anna.hears("LEFT carol")
-    anna.asks("JOIN anna lobby\nROOMS", "WELCOME lobby anna .*", "ROOMS lobby=3")
+    alice.hears("LEFT carol")
+    alice.asks("JOIN anna lobby\nROOMS", "WELCOME lobby anna .*", "ROOMS lobby=3")
 
 def test_rule_4_before_joining(server):
     peer = server.connect()
@@ -568,15 +540,12 @@ def test_rule_9_max_clients(start):
 def test_rule_9_join_deadline(start, tmp_path):
     script = edited(tmp_path, "server.py", ("JOIN_SECONDS = 30", "JOIN_SECONDS = 0.3"), ("FAREWELL_SECONDS = 2", "FAREWELL_SECONDS = 0.2"))
     server = start(Server, script=script)
-    alice, silent, trickling = server.join("alice"), server.connect(), server.connect()
-    bye, ends = "BYE no JOIN within 0.3 seconds", time.monotonic() + 5
+    alice, silent, trickling, began = server.join("alice"), server.connect(), server.connect(), time.monotonic()
     with pytest.raises(OSError):                     # one deadline for all of the farewell
-        while time.monotonic() < ends:
+        while time.monotonic() < began + 3:
             trickling.sends(b"x")
-            with contextlib.suppress(socket.timeout):
-                assert trickling.line(0.02) in (bye, None)
-    assert trickling.sock.fileno() and time.monotonic() < ends
-    silent.hears(bye, None)
+            time.sleep(0.02)
+    silent.hears("BYE no JOIN within 0.3 seconds", None)
     silent.hangs_up()
     server.has_clients(1)
     alice.hears_nothing_but()                        # who has joined may stay
@@ -586,19 +555,16 @@ def test_rule_10_slow_readers(fast):
     """One that stops reading is dropped after 256 KiB, and nobody waits for it."""
     alice, slow = fast.join_both("alice", "slow", receive_buffer=4096)
     bob = fast.join("bob")
-    before, unread = fast.measured("VmRSS"), 0
-    alice.hears("JOINED bob")
-    while True:
+    before, unread, heard = fast.measured("VmRSS"), 0, []
+    while "LEFT slow" not in heard:
         alice.says(*[f"MSG {'x' * 1000}"] * 16)
         started = time.monotonic()
         heard = [bob.line() for _ in range(16)]
         assert time.monotonic() - started < 0.25
         unread += sum(map(len, heard))
-        if "LEFT slow" in heard:
-            break
         assert unread < 2 << 20, "it should have been dropped by now"
     assert unread > 200 * 1024 and fast.grows("VmRSS", before) < 1024
-    alice.hears("LEFT slow")
+    alice.hears("JOINED bob", "LEFT slow")
     fast.logs("dropped: it does not read")
     slow.hears("JOINED bob", "MSG alice x+")         # what did fit arrives, then the connection ends
 
@@ -707,17 +673,13 @@ def flood(peer, line=b"MSG " + b"x" * 60 + b"\n"):
         time.sleep(0.005)
 
 def test_rule_11_flood(start):
-    rate = 65536
-    server = start(Server, "--rate", rate)
+    """A flooder that has gone is soon forgotten: little of what it has sent ahead is still to be read."""
+    server = start(Server, "--rate", 65536)
     with Conversation(server) as conversation:
         mallory = server.join("mallory")
-        started = time.monotonic()
         flood(mallory)
-        relayed = sum(len(line) + 1 for line in conversation.lines("ann") if line.startswith("MSG mallory"))
-        assert 0.5 * rate < relayed / (time.monotonic() - started) < 1.15 * rate
         mallory.hangs_up()
-        # With the default rate this would be 20 s: 8 times as long.
-        eventually(lambda: "LEFT mallory" in conversation.lines("ann"), "quiet", 20 * 8192 / rate)
+        eventually(lambda: "LEFT mallory" in conversation.lines("ann"), "quiet", 2.5)        # at the default rate: 20 s
 
 def test_rule_11_nothing_of_a_flood_is_lost(server):
     """A pasted listing of 500 lines at the default rate arrives whole; it takes the time that it should."""
@@ -725,7 +687,7 @@ def test_rule_11_nothing_of_a_flood_is_lost(server):
     listing, started = [f"  x[{n}]" for n in range(500)], time.monotonic()
     bob.says(*(f"MSG {line}" for line in listing))
     alice.hears(*("MSG bob " + re.escape(line) for line in listing))
-    assert 0.8 * 500 * len("MSG bob   x[100]\n") / 8192 < time.monotonic() - started < 8
+    assert 0.8 * 500 * len("MSG bob   x[100]\n") / 8192 < time.monotonic() - started < 3
 
 MESSAGES, JOINS = [b"MSG " + b"x" * 60 + b"\n"] * 30, [b"JOIN a%d\nJOIN b%d\n", b"JOIN c%d d\nJOIN c%d lobby\n", b"WHO\n", b"ROOMS\n", b"JOIN\n"] * 4
 
@@ -845,7 +807,8 @@ def test_closing_twice(server, start):
     assert server.status() == -signal.SIGINT
     assert time.monotonic() - started < 1 and server.err.count("\n") < 10
 
-    def close_twice_at_once(other):                  # the second may come while the first is being handled
+    def close_twice_at_once():                       # the second may come while the first is being handled
+        other = start(Server)
         for peer in other.join_all([f"p{number}" for number in range(20)]):
             peer.sends(b"MSG a flooder, whose thread rests\n" * 300)
         other.popen.send_signal(signal.SIGINT)
@@ -853,7 +816,7 @@ def test_closing_twice(server, start):
         for peer in other.peers:
             peer.hangs_up()
         assert other.status(5) in (0, -signal.SIGINT)
-    at_once(close_twice_at_once, *[(start(Server),) for _ in range(6)])
+    at_once(close_twice_at_once, *[()] * 6)
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "0.0.0.0", "::", "no network"])
 def test_first_line_of_the_log(start, tmp_path, host):
@@ -992,7 +955,7 @@ def test_client_in_pipes_says_and_shows(start, server):
     eventually(lambda: "bob: good morning\n" in robot.out, "a line, flushed at once")
     server.join("carol").leaves()
     eventually(lambda: "* carol joined\n* carol left\n" in robot.out)
-    robot.type("hello\n  two  spaces\n//who?\n\n")
+    os.write(robot.popen.stdin.fileno(), b"hello\n  two  spaces\n//who?\n\n")
     bob.hears("JOINED carol", "LEFT carol", "MSG robot hello", "MSG robot   two  spaces", "MSG robot /who[?]")
     robot.popen.stdin.close()
     bob.hears("LEFT robot")
@@ -1113,7 +1076,7 @@ def test_client_ends_at_once(start, doing):
             ann.sees("* hi You are ann in r.", ">")
             ann.type("half a line", "> half a line")
         if doing == "a send":                                # type more than is sent until somebody reads it
-            threading.Thread(target=ann.type, args=["\r" + ("x" * 1000 + "\r") * 300], daemon=True).start()
+            threading.Thread(target=ann.type, args=["\r" + ("x" * 100 + "\r") * 3000], daemon=True).start()
             frozen(ann, 0.1)
         began = time.monotonic()
         ending(liar)
@@ -1136,7 +1099,6 @@ def test_client_at_a_terminal(start, server):
     bob = server.join("bob")
     ann = sit_down(start, server, None)
     ann.sees("Your name:")
-    ann.type("bob\r", "Your name: bob", "! the name bob is taken", "Your name:")
     ann.type("b o!b\r")
     eventually(lambda: "20 letters" in ann.out)
     ann.sees("Your name:")
@@ -1222,12 +1184,13 @@ def test_client_message_while_searching_and_far_from_the_end(start, fast):
     ann.type("y\r")
     bob.hears("MSG ann yx{100}")
 
-def test_client_colours(start, server, tmp_path):
+def test_client_colours_and_terminals_without_them(start, server, tmp_path):
     windows = edited(tmp_path, "client.py", ('os.name != "nt"', "False"))         # its old console shows codes as text
     coloured = [sit_down(start, server, "c1", columns=80), sit_down(start, server, "c2", script=windows, columns=80, WT_SESSION="1")]
     plain = [sit_down(start, server, "p1", columns=80, NO_COLOR=""), sit_down(start, server, "p2", columns=80, TERM="dumb"),
              sit_down(start, server, "p3", script=windows, columns=80), run(start, server, "--name", "p4")]
     eventually(lambda: "You are" in plain[-1].out)
+    plain[1].type("hel", "> hel")
     bob, carol = server.join("bob"), server.join("carol")
     bob.says("MSG one")
     carol.says("MSG two")
@@ -1240,13 +1203,9 @@ def test_client_colours(start, server, tmp_path):
         assert "\033[2m* bob joined\033[0m" in person.out
     assert not any(re.search(r"\033\[[0-9;]*m", person.out) for person in plain)
     assert not any("\033" in person.out for person in (plain[1], plain[3]))
-
-def test_client_with_a_simple_terminal_loses_nothing(start, server):
-    bob, ann = pair(start, server, TERM="dumb")
-    ann.type("hel", "> hel")
-    ann.hears(bob, "hi", "bob: hi", ">")
-    ann.type("lo\r")
-    bob.hears("MSG ann hello")
+    plain[1].sees(">")                                       # "hel" is gone from the screen, but not lost
+    plain[1].type("lo\r")
+    carol.hears_sometime("MSG p2 hello")
 
 def test_client_ends(start):
     """By a command, by a key, or because the server has been closed or killed: at the prompt, asked for its name (again), in a pipe."""
@@ -1304,7 +1263,6 @@ def test_fan_out(start, arguments, clients, talkers, count, pause):
     The next is said when all have heard the last, and `pause` seconds later. Its delay is the time until the last has heard it.
     """
     server = start(Server, *arguments.split())
-    server.logs("listening")
     before, peers = server.measured("VmRSS"), [server.join(f"p{n}") for n in range(clients)]
     for peer in peers:
         peer.says("WHO")
@@ -1441,7 +1399,8 @@ def wait_for_the_reader(replay, edited):
     replay.run(3)
     if not edited:
         return eventually(lambda: "* bob left" in alice.out and "dropped: it does not read" in server.out, "bob to be dropped")
-    assert frozen(alice) > 100000
+    eventually(lambda: len(alice.shown) > 100000, "a flood")
+    frozen(alice)
     alice.type("/who\r")
     frozen(alice)
     assert "in this room" not in alice.out and "bob left" not in alice.out and "dropped" not in server.out
@@ -1494,7 +1453,7 @@ def plays(start_all, tmp_path_factory):
         both.transcript = re.sub(r"mallory: [^|]*", "(the screen is cleared)", both.transcript).replace("    my", "alice: I have copied my")
         play("Experiment 4:", both.play)
         play("Experiment 9:", wait_at_the_door, replay("Experiment 9:", 1), replay("Experiment 9:", 1, 2))
-        concurrent.futures.wait(sum(plays.values(), []))
+        concurrent.futures.wait([each for heading in plays if "5" not in heading for each in plays[heading]])       # 5 only sleeps
         for case in (0, 1):
             play("Experiment 6:", wait_for_the_reader, replay("Experiment 6:", *[1] * case), case)
             play("Experiment 10:", do_not_pace, replay("Experiment 10:"), " --rate 0" * case)

@@ -217,7 +217,7 @@ class Terminal(Process):
         self.eyes.join(PATIENCE)
         os.close(self.keyboard)
 
-def frozen(terminal, seconds=0.4):
+def frozen(terminal, seconds=0.3):
     """Wait until nothing has come in all that time."""
     shown = -1
     while shown < len(terminal.shown):
@@ -662,7 +662,7 @@ def test_few_files_or_threads(start, limit, value, message):
 
 def flood(peer, line=b"MSG " + b"x" * 60 + b"\n"):
     """Send as fast as possible, and read what comes, for a while."""
-    end = time.monotonic() + 0.4
+    end = time.monotonic() + 0.3
     block = line * (8192 // len(line))
     peer.sock.setblocking(False)
     while time.monotonic() < end:
@@ -756,14 +756,14 @@ def test_saboteurs(start):
                     peer.sends(GARBAGE[n // 4 % len(GARBAGE)] if n % 4 == 0 else b"MSG spam\nWHO\nROOMS\n" * (n % 50))
                     for k in range(n % 9):
                         peer.says(f"JOIN m{n % 5}_{k} cave{k % 3}", "MSG moved", f"JOIN m{n % 5}_{k} lobby", "MSG back")
-                    peer.says("LEAVE") if n % 5 == 1 else peer.line(1) if n % 5 == 2 else None
+                    peer.says("LEAVE") if n % 5 == 1 else peer.line(0.2) if n % 5 == 2 else None
             (peer.resets if n % 2 else peer.hangs_up)()
     with Conversation(server, ("ann", "ben", "cem")):
-        at_once(sabotage, *((number, time.monotonic() + 0.8) for number in range(5)))
+        at_once(sabotage, *((number, time.monotonic() + 0.7) for number in range(5)))
         server.has_clients(3)
         before = server.measured("VmRSS")
-        at_once(sabotage, *((number, time.monotonic() + 0.8) for number in range(5)))
-        assert server.grows("VmRSS", before) < 400       # less than a third of a KiB for each of them
+        at_once(sabotage, *((number, time.monotonic() + 0.7) for number in range(5)))
+        assert server.grows("VmRSS", before) < 350       # less than a third of a KiB for each of them
 
 # ---- Starting and closing the server ------------------------------------------------------------
 
@@ -1141,14 +1141,14 @@ def test_client_keeps_what_is_being_typed(start, tmp_path):
     at_once(keeps, ("half a line", simple), ("x" * 60, simple), *zip(["x" * 38, "x" * 39, "x" * 78, "日本語" * 6 + "x", "日" * 19, "x" + "日" * 19, "😀" * 40, "é" * 40, "שלום " * 9]))
 
 def test_client_many_messages_while_keys_come(start, fast):
-    """Four hundred messages while a key comes every 3 ms: all are shown, all that is typed is sent."""
+    """Four hundred messages while a key comes every 2 ms: all are shown, all that is typed is sent."""
     bob, ann = pair(start, fast, columns=60)
     typed = [f"line {number} of what ann types; it is longer than her screen is wide" for number in range(3)]
 
     def slowly(act, things):
         for thing in things:
             act(thing)
-            time.sleep(0.003)                                # as fast as somebody who leans on a key
+            time.sleep(0.002)                                # as fast as somebody who leans on a key
     at_once(slowly, (bob.says, [f"MSG number {number}" for number in range(400)]), (ann.type, "\r".join([*typed, "half"])))
     bob.hears(*(f"MSG ann {line}" for line in typed))
     eventually(lambda: "number 399" in ann.out)

@@ -153,8 +153,8 @@ class Chat:
 
     def run(self, name, room):
         """Join, say what is typed, leave. Ends the process if the connection is lost."""
-        # The ways out: EOFError is Ctrl-D (/quit returns). KeyboardInterrupt is Ctrl-C: it may have cut
-        # a line, so no LEAVE. OSError comes from the bell or from send when the connection has
+        # The ways out: EOFError is Ctrl-D (/quit returns). KeyboardInterrupt is Ctrl-C: it may have
+        # cut a line, so no LEAVE. OSError comes from the bell or from send when the connection has
         # ended, and from write when nobody reads our output.
         with contextlib.suppress(OSError, KeyboardInterrupt):
             try:

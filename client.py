@@ -70,8 +70,6 @@ class Terminal:
         self.shown = threading.Event()   # set when that has been done
         if BELL:
             signal.signal(BELL, self.answer_bell)
-        if self.redraws:
-            readline.parse_and_bind("set enable-bracketed-paste off")    # a pasted line is a line
 
     def ask(self, prompt):
         """Return the next line typed (str). Raises EOFError, KeyboardInterrupt, OSError."""

@@ -271,7 +271,6 @@ class Server(Process):
 
 class ServerAtTerminal(Server, Terminal):
     """A server whose log is shown at a terminal, where Ctrl-S stops it and Ctrl-Q lets it go on."""
-
     err = property(lambda self: self.out.replace("\r\n", "\n"))
 
 class Peer:
@@ -337,8 +336,7 @@ class Peer:
     def hangs_up(self):
         self.sock.close()
 
-    def resets(self):
-        """Vanish with a reset instead of an orderly end."""
+    def resets(self):                                        # instead of an orderly end
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
 
@@ -1065,11 +1063,11 @@ def test_client_flooded_by_the_server(start):
     assert ann.status() == 1
 
 @pytest.mark.parametrize("doing", ["a key", "an answer", "a send"])
-def test_client_ends_at_once(start, doing):
+def test_client_ends_at_once(start, tmp_path, doing):
     """Whatever it is waiting for, within 0.3 s after the connection has ended."""
-    def ends(ending):
+    def ends(ending, script="client.py"):
         liar = start(Liar)
-        ann = sit_down(start, liar)
+        ann = sit_down(start, liar, script=script)
         if doing == "an answer":
             assert liar.accepts(b"").recv(100) == b"JOIN ann\n"
         else:
@@ -1078,12 +1076,13 @@ def test_client_ends_at_once(start, doing):
             ann.type("half a line", "> half a line")
         if doing == "a send":                                # type more than is sent until somebody reads it
             threading.Thread(target=ann.type, args=["\r" + ("x" * 100 + "\r") * 3000], daemon=True).start()
-            frozen(ann, 0.1)
+        frozen(ann, 0.1)
         began = time.monotonic()
         ending(liar)
         assert ann.status(3) == 1 and time.monotonic() - began < 0.3
         assert ann.err.startswith("client.py: connection lost") and ann.leaves_terminal_as_it_was()
-    at_once(ends, (Peer.resets,), (Peer.hangs_up,), (lambda liar: liar.sock.shutdown(socket.SHUT_WR),))
+    without_bell = edited(tmp_path, "client.py", ('BELL = getattr(signal, "SIGUSR1", None)', "BELL = None"))
+    at_once(ends, (Peer.resets,), (Peer.hangs_up,), (lambda liar: liar.sock.shutdown(socket.SHUT_WR),), *[(Peer.hangs_up, without_bell)] * (doing == "an answer"))
 
 def test_client_keys_before_the_prompt(start):
     """What is typed while no prompt stands there is echoed by the system; a message takes its place."""
@@ -1242,9 +1241,10 @@ def test_client_ends(start):
               for prompt, typed in (("> ", "half a line"), ("Your name: ", "an"), ("a pipe", ""))))
 
 def test_client_where_input_cannot_be_interrupted(start, server, tmp_path):
-    script = edited(tmp_path, "client.py", ('BELL = getattr(signal, "SIGUSR1", None)', "BELL = None"),
+    script = edited(tmp_path, "client.py", ('BELL = getattr(signal, "SIGUSR1", None)', "BELL = None"), ("CONNECT_SECONDS = 10 ", "CONNECT_SECONDS = 0.2 "),
                     ("    import readline ", "    import no_readline_on_windows as readline "))
     bob, ann = pair(start, server, script=script, columns=70, stderr=subprocess.STDOUT)
+    time.sleep(0.3)                                          # a connection may be silent for longer than it takes to make one
     ann.hears(bob, "hi", "bob: hi", ">")
     ann.type("hello\r")
     bob.hears("MSG ann hello")
@@ -1298,7 +1298,6 @@ NC = """#!/bin/bash
 until exec 3<>/dev/tcp/$1/$2; do sleep 0.05; done 2> /dev/null       # forty.py does not say when it listens
 cat <&0 >&3 &
 cat <&3
-kill $! 2> /dev/null
 """
 
 class Replay:

@@ -36,6 +36,7 @@ except ImportError as missing:
     pytest.exit(f"these tests need a Unix, with pseudo-terminals and readline: {missing}", 1)
 
 os.environ.pop("PYTHONUNBUFFERED", None)         # it would hide that a flush is missing
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's & would hand on that Ctrl-C is ignored
 HERE = Path(__file__).parent
 PATIENCE = 10        # seconds until something that should have happened counts as missing
 LIBEDIT = "libedit" in readline.__doc__

@@ -63,7 +63,7 @@ class Terminal:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.escape_codes = (self.interactive and os.environ.get("TERM") != "dumb"
                              and (os.name != "nt" or "WT_SESSION" in os.environ))
-        self.redraws = self.escape_codes and redraw is not None
+        self.redraws = self.escape_codes and BELL and redraw is not None
         self.prompt = ""                 # what stands before the line that is being typed
         self.leaving = False             # the main thread does not wait for lines any more
         self.waiting = []                # what the reader thread wants shown; None: the end
@@ -75,12 +75,15 @@ class Terminal:
         """Return the next line typed (str). Raises EOFError, KeyboardInterrupt, OSError."""
         self.prompt = prompt if self.interactive else ""
         try:
+            if self.redraws:             # a write by readline that the bell interrupts would be lost
+                signal.siginterrupt(BELL, False)
             return input(self.prompt).replace("\n", " ")     # Ctrl-V Ctrl-J types a newline
         except (EOFError, KeyboardInterrupt, OSError):
             print(end="\n" if self.prompt else "")           # leave the line of the prompt
             raise
         finally:
             self.prompt = ""
+            self.redraws and signal.siginterrupt(BELL, True)         # wait() and sendall() need it
 
     def show(self, lines):
         """Have the main thread write `lines` (str) or, if None, stop waiting for anything."""

@@ -75,7 +75,7 @@ class Terminal:
         """Return the next line typed (str). Raises EOFError, KeyboardInterrupt, OSError."""
         self.prompt = prompt if self.interactive else ""
         try:
-            if self.redraws:             # a write by readline that the bell interrupts would be lost
+            if self.redraws:             # what readline writes when the bell rings would be lost
                 signal.siginterrupt(BELL, False)
             return input(self.prompt).replace("\n", " ")     # Ctrl-V Ctrl-J types a newline
         except (EOFError, KeyboardInterrupt, OSError):
@@ -83,7 +83,8 @@ class Terminal:
             raise
         finally:
             self.prompt = ""
-            self.redraws and signal.siginterrupt(BELL, True)         # wait() and sendall() need it
+            if self.redraws:             # wait() and sendall() must be interrupted
+                signal.siginterrupt(BELL, True)
 
     def show(self, lines):
         """Have the main thread write `lines` (str) or, if None, stop waiting for anything."""
@@ -275,17 +276,13 @@ def received_lines(sock):
 
     A line that is too long is replaced by a notice; an unfinished last line is dropped.
     """
-    unfinished, skipping = b"", False
+    unfinished = b""
     while data := sock.recv(MAX_WAITING):
         *lines, unfinished = (unfinished + data).split(b"\n")
-        if skipping and lines:
-            skipping = False
-            del lines[0]                             # the end of the line that is too long
-        if len(unfinished) > MAX_WAITING:
-            if not skipping:
-                lines.append(b"a line that is too long has been left out")
-            unfinished, skipping = b"", True
-        yield [line.decode("utf-8", "replace").rstrip("\r").translate(SAFE_TEXT) for line in lines]
+        unfinished = unfinished[:MAX_WAITING + 1]    # enough to see at its end that it is too long
+        yield [line.decode("utf-8", "replace").rstrip("\r").translate(SAFE_TEXT)
+               if len(line) <= MAX_WAITING else "a line that is too long has been left out"
+               for line in lines]
 
 
 def connect(host, port):

@@ -381,12 +381,12 @@ def test_rule_1_rooms(server):
     dave.asks("JOIN dora dEN", "ERROR .*already.*")  # names of rooms are the same in any case
     bob.asks("JOIN bob third\nROOMS", "WELCOME third bob .*", "ROOMS Den=1 third=1")
 
-def test_rule_2_names(server):
-    peer = server.connect()
+def test_rule_2_names(fast):
+    peer = fast.connect()
     for arguments in ("x" * 21, "a.b", "a=b", "a \N{SNOWMAN}", "a/b", "a b c", "a\x1b[2J", "a\x00", "a b\u202e", "a " + "r" * 21):
         peer.asks(f"JOIN {arguments}\nROOMS", "ERROR .*20 letters.*", "ROOMS")
     for name in ("a", "x" * 20, "Ann_Lee-2", "Ünïcödé", "名前", "Имя", "١٢", "_"):
-        server.join(name, name).asks("WHO\nROOMS", f"WHO {name}", f"ROOMS (.* )?{name}=1")
+        fast.join(name, name).asks("WHO\nROOMS", f"WHO {name}", f"ROOMS (.* )?{name}=1")
 
 def test_rule_2_unique_without_regard_to_case(server):
     alice, straße, bob = server.join("Alice"), server.join("Straße", "den"), server.connect()
@@ -487,23 +487,23 @@ def test_rule_7_safe_text(server):
     alice.says("MSG " + "".join(map(chr, codes)) + ".", "MSG a\tb\rc", "MSG\td", f"MSG {fine}")
     bob.hears("MSG alice " + "\ufffd" * len(codes) + r"\.", "MSG alice a b\ufffdc", "MSG alice d", f"MSG alice {fine}")
 
-def test_rule_8_one_way_out(server):
+def test_rule_8_one_way_out(fast):
     """Whichever way it goes, what it has said is delivered, but for a reset; it has left once; and its name is free again."""
-    alice, said = server.join("alice"), ["JOINED bob", *(f"MSG bob {n}" for n in range(50))]
+    alice, said = fast.join("alice"), ["JOINED bob", *(f"MSG bob {n}" for n in range(50))]
     for ending in (Peer.resets, Peer.hangs_up, lambda bob: (bob.sock.shutdown(socket.SHUT_WR), bob.hears("BYE .*", None))):
-        bob = server.join("bob")
+        bob = fast.join("bob")
         bob.says(*(f"MSG {n}" for n in range(50)))
         alice.hears(*said * (ending is Peer.resets))
         ending(bob)
         alice.hears_nothing_but(*said * (ending is not Peer.resets), "LEFT bob")
     for _ in range(20):
-        server.join("bob").leaves()                  # it is free from when BYE has arrived, too
+        fast.join("bob").leaves()                    # it is free from when BYE has arrived, too
     alice.hears_nothing_but(*["JOINED bob", "LEFT bob"] * 20)
-    server.has_clients(1)
+    fast.has_clients(1)
 
-def test_rule_8_leave_in_the_middle(server):
+def test_rule_8_leave_in_the_middle(fast):
     """A hundred requests in one segment: each is answered in its turn, and none after LEAVE."""
-    alice, bob = server.join_both("alice", "bob")
+    alice, bob = fast.join_both("alice", "bob")
     requests = "MSG 1,WHO,MSG 2,MSG 3,JOIN rob,MSG 4,ROOMS,nonsense,JOIN rob den,MSG 5,JOIN bob lobby,MSG 6".split(",")
     bob.says(*requests * 8, "MSG end", "LEAVE", "MSG after", "WHO")
     answers = ["WHO alice bob", "WELCOME lobby rob .*", "ROOMS lobby=2", "ERROR .*", "WELCOME den rob .*", "WELCOME lobby bob .*"]
@@ -759,7 +759,7 @@ def test_saboteurs(start):
             (peer.resets if n % 2 else peer.hangs_up)()
             time.sleep(0.004)                        # faster than they are accepted, and they would wait a second
     with Conversation(server, ("ann", "ben", "cem")):
-        at_once(sabotage, *((number, time.monotonic() + 0.7) for number in range(5)))
+        at_once(sabotage, *((number, time.monotonic() + 0.4) for number in range(5)))
         server.has_clients(3)
         before = server.measured("VmRSS")
         at_once(sabotage, *((number, time.monotonic() + 0.7) for number in range(5)))
@@ -1033,9 +1033,9 @@ def test_client_and_a_line_without_end(start):
     eventually(lambda: "You are ann" in robot.out)
     for _ in range(32):
         sock.sendall(b"MSG " + b"x" * 256 * 1024)
+    sock.sendall(b"\nMSG bob " + b"y" * 60000 + b"\nMSG bob short\nMSG bob cut o")
     eventually(lambda: "too long" in robot.out)
     assert robot.grows("VmHWM") < 24 * 1024
-    sock.sendall(b"\nMSG bob " + b"y" * 60000 + b"\nMSG bob short\nMSG bob cut o")
     sock.shutdown(socket.SHUT_WR)
     assert robot.status() == 1
     assert robot.out.endswith("bob: " + "y" * 60000 + "\nbob: short\n") and "x" not in robot.out
@@ -1392,7 +1392,7 @@ def matches(lines, expected, rest):
 
 def fails(control):
     with pytest.raises(AssertionError):
-        control.play(patience=1.5)
+        control.play(patience=1)
 
 def wait_for_the_reader(replay, edited):
     server, bob, alice = map(replay.run, range(3))

@@ -1291,6 +1291,7 @@ def test_fan_out(start, arguments, clients, talkers, count, pause):
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {script: (HERE / script).read_text(encoding="utf-8") for script in ("server.py", "client.py")}
+PORTS = itertools.count(20000 + os.getpid() % 10000)         # no system gives these to clients, so they stay free
 FENCES = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 def section(heading):
@@ -1320,9 +1321,7 @@ class Replay:
         blocks = collections.defaultdict(str)
         for language, block in FENCES.findall(text):
             blocks[language] += block
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = str(free.getsockname()[1])
+        self.port = str(next(port for port in PORTS if socket.socket().connect_ex(("127.0.0.1", port))))
         self.start, self.folder, self.transcript = start, folder, blocks["transcript"]
         commands = blocks["sh"] or FENCES.findall(section("Two terminals"))[0][1]
         self.commands = re.findall(r"^(\S.*(?:\n .*)*)", commands.replace("12345", self.port), re.M)

@@ -33,7 +33,7 @@ try:
     import resource
     import termios
 except ImportError as missing:
-    pytest.exit(f"these tests need a Unix, with pseudo-terminals and readline: {missing}", 1)
+    raise pytest.Collector.CollectError(f"these tests need a Unix (pseudo-terminals, readline): {missing}") from None
 
 os.environ.pop("PYTHONUNBUFFERED", None)         # it would hide that a flush is missing
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's & would hand on that Ctrl-C is ignored

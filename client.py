@@ -4,193 +4,92 @@
     python client.py 127.0.0.1 12345
     echo "hello from a script" | python client.py 127.0.0.1 12345 --name robot
 
+The main thread waits for a line to be typed, and sends it. The reader thread waits for lines from
+the server, and shows them. Each has its own part of the screen: what is typed stands in the bottom
+rows, the conversation scrolls above them. No thread wakes another, since nothing wakes input() on
+every system: when the connection has ended the reader thread itself ends the whole process.
+
 /who        who is in this room?
 /rooms      which rooms are there?
-/join ROOM  go to another room; it is made if need be
+/join ROOM  go to another room; it is created if necessary
 /name NAME  take another name
 /quit       leave; so does Ctrl-D
-//text      say "/text"; whatever else you type is said
-
-The main thread waits for a line to be typed, and sends it. The reader thread waits for lines from
-the server. It does not write them itself, but rings a bell: a signal, which interrupts the main
-thread, and that writes them above what is being typed. So only one thread uses the terminal.
-(Windows has no such signal: there the reader thread writes.)
+//text      say "/text"; anything else is sent as a message
 """
 import argparse
 import contextlib
-import ctypes
 import os
-import re
-import signal
+import queue
 import socket
 import sys
 import threading
-
+import traceback
+import unicodedata
 try:
     import readline                      # gives input() line editing and a history
-    # Its functions in C, which Python does not offer. (PyDLL: no other thread runs meanwhile.)
-    editor = ctypes.PyDLL(getattr(readline, "__file__", None))
-    redraw = editor.rl_forced_update_display
-    clear = getattr(editor, "rl_clear_visible_line", None)       # libedit (macOS) has none
-    state = clear and ctypes.c_ulong.in_dll(editor, "rl_readline_state")
-except (ImportError, AttributeError, OSError, ValueError):       # Windows has no readline
-    redraw = None
-
-HELP = __doc__.split("\n\n")[2]          # the commands, from above
-MAX_TEXT = 1024 - len("MSG ")            # bytes of text that fit into one request
-MAX_WAITING = 64 * 1024                  # bytes: in the kernel, each way (its own megabytes would
-                                         # keep a flood going for minutes), or of an endless line
+    import termios                       # reads and sets the modes of the terminal, such as echo
+except ImportError:                      # Windows does both by itself
+    readline = termios = None
+MAX_REQUEST = 1024                       # bytes, the line ending not counted: see the protocol
+MAX_WAITING = 64 * 1024                  # bytes that wait in the kernel, each way; or in a line
+POLL_SECONDS = 0.5                       # Windows notices Ctrl-C only between two waits
 CONNECT_SECONDS = 10                     # a server that has not answered by then is not there
-GOODBYE_SECONDS = 1                      # how long Ctrl-C waits for the server's BYE
-BELL = getattr(signal, "SIGUSR1", None)  # Windows has none
-
-# What must not reach the terminal, whatever the server says; it has the same table.
+INPUT_ROWS = 3                           # at the bottom of the screen, for what is being typed
+# Options of the socket, with which TCP also gives up on a vanished machine: see server.py.
+SOCKOPTS = {"SO_SNDBUF": MAX_WAITING, "SO_RCVBUF": MAX_WAITING, "SO_KEEPALIVE": 1, "TCP_KEEPCNT": 4,
+            "TCP_KEEPIDLE": 20, "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_USER_TIMEOUT": 30_000}
+# What must never reach a terminal, whatever the server says: see server.py.
 UNSAFE = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 SAFE_TEXT = {**dict.fromkeys(UNSAFE, "\ufffd"), ord("\t"): " "}
-# The colours of names: those of the 256 that can be read on white and on black.
-COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]
-
-
-class Terminal:
-    """Keyboard and screen. Only the main thread uses them; the reader thread only calls show()."""
-
-    def __init__(self):
-        for name in ("stdin", "stdout", "stderr"):           # None: closed by whoever started us
-            setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))
-        sys.stdin.reconfigure(errors="replace")
-        # Unbuffered: the bell may write in the middle of a write, which a buffer does not allow.
-        self.screen = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
-        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        self.escape_codes = (self.interactive and os.environ.get("TERM") != "dumb"
-                             and (os.name != "nt" or "WT_SESSION" in os.environ))
-        self.redraws = self.escape_codes and BELL and redraw is not None
-        self.prompt = ""                 # what stands before the line that is being typed
-        self.leaving = False             # the main thread does not wait for lines any more
-        self.waiting = []                # what the reader thread wants shown; None: the end
-        self.shown = threading.Event()   # set when that has been done
-        if BELL:
-            signal.signal(BELL, self.answer_bell)
-
-    def ask(self, prompt):
-        """Return the next line typed (str). Raises EOFError, KeyboardInterrupt, OSError."""
-        self.prompt = prompt if self.interactive else ""
-        try:
-            if self.redraws:             # what readline writes when the bell rings would be lost
-                signal.siginterrupt(BELL, False)
-            return input(self.prompt).replace("\n", " ")     # Ctrl-V Ctrl-J types a newline
-        except (EOFError, KeyboardInterrupt, OSError):
-            print(end="\n" if self.prompt else "")           # leave the line of the prompt
-            raise
-        finally:
-            self.prompt = ""
-            if self.redraws:             # wait() and sendall() must be interrupted
-                signal.siginterrupt(BELL, True)
-
-    def show(self, lines):
-        """Have the main thread write `lines` (str) or, if None, stop waiting for anything."""
-        if not BELL:
-            return self.write(lines or "* the server has gone; press Enter")
-        self.shown.clear()
-        self.waiting.append(lines)
-        # A signal just before input() waits for a key is noticed only after that key: ring again.
-        while not self.shown.is_set():
-            signal.pthread_kill(threading.main_thread().ident, BELL)
-            self.shown.wait(0.01)
-
-    def answer_bell(self, _signum, _frame):
-        """Do what show() asks for. Python runs this in the main thread, whatever that waits for."""
-        with contextlib.suppress(IndexError):                # it has been done: the bell rang twice
-            lines = self.waiting.pop()
-            try:
-                if lines is not None:
-                    self.write(lines)
-                elif not self.leaving:
-                    raise ConnectionError                    # out of input(), wait() or sendall()
-            finally:
-                self.shown.set()
-
-    def write(self, lines):
-        """Write `lines` (str) above the prompt and what is being typed. Raises OSError."""
-        # GNU readline tells whether it has drawn the prompt (RL_STATE_CALLBACK); libedit does not.
-        editing = self.redraws and self.prompt and (not clear or state.value & 0x80000)
-        if editing and clear:
-            clear()
-            editor.fflush(None)
-        before = "\r\033[J" if self.escape_codes else "\r" if self.prompt else ""
-        after = "" if self.redraws else self.prompt
-        data = f"{before}{lines}\n{after}".encode(sys.stdout.encoding, "replace")
-        try:
-            while data:
-                data = data[self.screen.write(data):]
-        except OSError:                  # nobody reads our output any more: leave
-            if not self.leaving:
-                raise
-        if editing:
-            redraw()
-
-    def styled(self, text, style="2"):
-        """Return `text` with the codes for a style (dimmed by default), where they are wanted."""
-        colours = self.escape_codes and "NO_COLOR" not in os.environ
-        return f"\033[{style}m{text}\033[0m" if colours else text
+COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]   # of 256: legible on white and on black
 
 
 class Chat:
-    """The conversation: main sends what is typed, the reader thread hears what the server says.
-
-    What the two share needs no lock. Only main sends, only the reader thread receives. The reader
-    thread assigns `name`, `refusal` and `end`, each in one step, and main looks at them when
-    `answered` is set. What is to be shown waits alone: the reader thread waits until it is shown.
-    """
-
-    def __init__(self, terminal, sock):
-        self.terminal = terminal
+    """The conversation. The main thread runs `run`, and sends; the reader thread runs `read`."""
+    # What the two share needs no lock: the queue has its own; `name` and `goodbye` are assigned by
+    # one thread each, in one step, and the other thread only looks.
+    def __init__(self, sock, screen):
         self.sock = sock
-        self.name = None                     # who we are, as the last WELCOME said
-        self.refusal = None                  # the answer to JOIN: what ERROR said, "" for WELCOME
-        self.answered = threading.Event()    # set when that has been shown
-        self.end = None                      # (exit status, reason) when the connection has ended
-        self.reader = threading.Thread(target=self.read, name="reader", daemon=True)
-
-    # The main thread
+        self.screen = screen
+        self.answers = queue.SimpleQueue()   # the answers to JOIN: texts of WELCOME and ERROR
+        self.name = ""                       # our name, as the last WELCOME said
+        self.goodbye = ""                    # the last line on the screen, if we leave by ourselves
 
     def run(self, name, room):
-        """Join, say what is typed, leave. Ends the process if the connection is lost."""
-        # The ways out: EOFError is Ctrl-D (/quit returns). KeyboardInterrupt is Ctrl-C: it may have
-        # cut a line, so no LEAVE. OSError comes from the bell or from send when the connection has
-        # ended, and from write when nobody reads our output.
-        with contextlib.suppress(OSError, KeyboardInterrupt):
-            try:
-                self.reader.start()
-                with contextlib.suppress(EOFError):
-                    self.enter(name, room)
-                    self.talk()
-            finally:
-                self.terminal.leaving = True         # from here on the bell raises nothing
-            self.send("LEAVE")
-            self.reader.join()                       # BYE comes when all has been delivered
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
-        self.reader.join(GOODBYE_SECONDS)
-        status, reason = self.end or (0, "you have left")
-        if status:
-            sys.exit(f"client.py: {reason}")
-        self.notice(reason)
+        """Join, send what is typed, leave. Does not return: see Screen.end."""
+        reader = threading.Thread(target=self.read, name="reader", daemon=True)
+        reader.start()
+        try:
+            # EOFError: Ctrl-D, or a script's end. OSError: no output; or no connection, see read.
+            with contextlib.suppress(EOFError, OSError):
+                self.enter(name, room)
+                self.talk()
+            self.goodbye = "you have left"
+            with contextlib.suppress(OSError):
+                self.send("LEAVE")
+            while True:                      # until the reader thread has read BYE
+                reader.join(POLL_SECONDS)
+        except KeyboardInterrupt:
+            self.screen.end(0, "you have left")
 
     def enter(self, name, room):
-        """Join under `name`, or else as what is typed, until the server accepts it."""
-        while not self.name and not self.end:
-            typed = self.terminal.ask("Your name: ") if name is None else name
-            self.join("_".join(typed.split()), room)         # what follows a space would be a room
-            if self.refusal and not self.terminal.interactive:
-                sys.exit(f"client.py: {self.refusal}; start again with another --name")
+        """Join under `name`, or else under what is typed, until the server accepts it."""
+        while not self.name:
+            if name is None and self.screen.interactive:
+                name = "_".join(self.screen.ask("Your name: ").split())      # a room would follow
+            why = self.join(name, room)
+            if self.name and room and not name:      # JOIN takes no room without a name, so go
+                self.join(self.name, room)           # there under the one that the server chose
+            if not (self.name or self.screen.interactive):
+                self.screen.end(1, f"{why}; start again with another --name")
             name = None
 
     def talk(self):
-        """Say each line that is typed, or carry it out if it is a command."""
-        while not self.end:
-            line = self.terminal.ask("> ")
+        """Send each line that is typed as a message, or carry it out if it is a command."""
+        while True:
+            line = self.screen.ask("> ")
             command, *words = line.split() or [""]
-            if not line.startswith("/") or line.startswith("//"):        # //text says /text
+            if not line.startswith("/") or line.startswith("//"):
                 self.say(line[1:] if line.startswith("/") else line)
             elif command in ("/who", "/rooms"):
                 self.send(command[1:].upper())
@@ -202,87 +101,133 @@ class Chat:
                 return
             else:
                 if command != "/help":
-                    self.notice(f"not a command: {' '.join(line.split())}; the commands are")
-                self.terminal.write(HELP)
+                    self.screen.show(f"* unknown command or wrong arguments: {line}; the commands:")
+                self.screen.show((__doc__ or "").split("\n\n")[-1].strip())     # from above
 
     def say(self, text):
-        """Send `text` as MSG; in several, cut between characters, if it is longer than MAX_TEXT."""
+        """Send `text` as MSG; as several, cut between characters, if it is too long."""
         data = text.encode("utf-8", "replace")
         while data.strip():
-            piece = data[:MAX_TEXT].decode("utf-8", "ignore")    # without half a character
+            piece = data[:MAX_REQUEST - len("MSG ")].decode("utf-8", "ignore")  # no half character
             self.send(f"MSG {piece}")
+            if self.screen.rows():           # elsewhere it stays where it was typed
+                self.hear(f"MSG {self.name} {piece}")
             data = data[len(piece.encode()):]
 
     def join(self, name, room=None):
-        """Send JOIN and wait for the answer, so that the next JOIN bears the right name."""
-        self.refusal = None
-        self.send(f"JOIN {name} {room}" if name and room else f"JOIN {name}")
-        while self.refusal is None and not self.end:
-            self.answered.wait()
-            self.answered.clear()
-        if room and not name and self.name:          # JOIN takes no room without a name: go there
-            self.join(self.name, room)               # under the guest's name that the server chose
+        """Send JOIN, wait for the answer, and return its text (str)."""
+        self.send(f"JOIN {name} {room or ''}".rstrip() if name else "JOIN")
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self.answers.get(timeout=POLL_SECONDS)
 
     def send(self, request):
         """Send one request (str). Raises OSError."""
         self.sock.sendall(request.encode("utf-8", "replace") + b"\n")
 
-    def notice(self, text):
-        """Write a notice of our own."""
-        self.terminal.write(self.terminal.styled(f"* {text}"))
-
-    # The reader thread
-
     def read(self):
-        """Show what the server says, until its BYE or the end of the connection; then stop main."""
-        with contextlib.suppress(OSError):           # a reset is an end as well
-            for lines in received_lines(self.sock):
-                shown = "\n".join(text for text in map(self.hear, lines) if text)
-                if shown:
-                    self.terminal.show(shown)
-                if self.refusal is not None:
-                    self.answered.set()
-                if self.end:
-                    break
-        self.end = self.end or (1, "connection lost; start again when the server is back")
-        self.answered.set()
-        if not self.terminal.leaving:
-            self.terminal.show(None)
+        """Show what the server says until its BYE or the end of the connection; then end."""
+        try:
+            for line in self.lines():
+                self.hear(line)
+            self.screen.end(1, "connection lost; start again when the server is back")
+        except OSError:                      # nobody reads our output any more
+            self.screen.end(0, "you have left")
+        except Exception:                    # a mistake in this program
+            self.screen.end(1, traceback.format_exc())
+
+    def lines(self):
+        """Yield each line from the server (str, safe to show) until the connection has ended."""
+        rest = b""
+        with contextlib.suppress(OSError):   # a reset is an end as well
+            while data := self.sock.recv(MAX_WAITING):
+                *lines, rest = (rest[:MAX_WAITING + 1] + data).replace(b"\r\n", b"\n").split(b"\n")
+                for line in lines:
+                    text = line.decode("utf-8", "replace").translate(SAFE_TEXT)
+                    yield text if len(line) <= MAX_WAITING else "overlong line omitted"
 
     def hear(self, line):
-        """Return what to show (str) for a line from the server; note what it says of us."""
+        """Show a line from the server (str), and note what it says of us."""
         verb, _, rest = line.partition(" ")
         word, _, text = rest.partition(" ")
-        words = ", ".join(rest.split())
-        if verb == "MSG":
-            colour = COLOURS[sum(word.casefold().encode()) % len(COLOURS)]
-            return f"{self.terminal.styled(word, f'38;5;{colour}')}: {text}"
-        if verb == "BYE":                            # main shows it, when the prompt has gone
-            self.end = (0, "you have left" if self.terminal.leaving else rest)
-            return ""
-        if verb == "WELCOME":                        # WELCOME room name greeting
+        if verb == "BYE":
+            self.screen.end(0 if self.name or self.goodbye else 1, self.goodbye or rest)
+        if verb == "WELCOME":                # WELCOME room name greeting
             self.name, _, text = text.partition(" ")
-        if verb in ("WELCOME", "ERROR"):
-            self.refusal = "" if verb == "WELCOME" else rest
         notices = {"WELCOME": f"* {text} You are {self.name} in {word}.", "ERROR": f"! {rest}",
                    "JOINED": f"* {word} joined", "LEFT": f"* {word} left",
-                   "WHO": f"* in this room: {words}",
-                   "ROOMS": f"* rooms: {words.replace('=', ' with ') or 'none'}"}
-        return self.terminal.styled(notices.get(verb, f"? {line}"))
+                   "WHO": f"* in this room: {rest.replace(' ', ', ')}",
+                   "ROOMS": f"* rooms: {rest.replace(' ', ', ').replace('=', ' with ') or 'none'}"}
+        colour = COLOURS[sum(word.casefold().encode()) % len(COLOURS)]
+        message = f"{self.screen.styled(word, f'38;5;{colour}')}: {text}"
+        notice = self.screen.styled(notices.get(verb, f"? {line}"))
+        self.screen.show(message if verb == "MSG" else notice)
+        if verb in ("WELCOME", "ERROR"):
+            self.answers.put(rest)
 
 
-def received_lines(sock):
-    """Yield lists of lines (str, safe to show), those that come together. Raises OSError.
+class Screen:
+    """The terminal. One types in the rows at the bottom; above them the conversation scrolls."""
+    # What edits the typed line (readline, the Windows console) never learns of a message: its rows
+    # and its cursor stay as they are.
+    def __init__(self):
+        for name in ("stdin", "stdout", "stderr"):           # None: closed by whoever started us
+            setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))
+        self.interactive = sys.stdin.isatty()
+        # IDLE and the like have a stdin of their own. os.system makes Windows obey escape codes.
+        self.divided = (self.interactive and sys.stdin is sys.__stdin__ and sys.stdout.isatty()
+                        and os.environ.get("TERM") != "dumb" and os.system("") == 0)
+        self.modes = termios.tcgetattr(sys.stdin) if termios and self.divided else None
+        with contextlib.suppress(AttributeError, OSError):   # what IDLE or Windows lack
+            sys.stdin.reconfigure(errors="replace")
+            sys.stdout.reconfigure(errors="replace")
+            os.set_blocking(sys.stdout.fileno(), True)
+            readline.parse_and_bind("set horizontal-scroll-mode on")     # a long line keeps its row
+            readline.parse_and_bind("bind ^L ed-redisplay" if "libedit" in readline.__doc__
+                                    else "Control-l: redraw-current-line")       # so does Ctrl-L
+        print("\n" * INPUT_ROWS if self.rows() else "", end="", flush=True)      # make room
 
-    A line that is too long is replaced by a notice; an unfinished last line is dropped.
-    """
-    unfinished = b""
-    while data := sock.recv(MAX_WAITING):
-        *lines, unfinished = (unfinished + data).split(b"\n")
-        unfinished = unfinished[:MAX_WAITING + 1]    # enough to see at its end that it is too long
-        yield [line.decode("utf-8", "replace").rstrip("\r").translate(SAFE_TEXT)
-               if len(line) <= MAX_WAITING else "a line that is too long has been left out"
-               for line in lines]
+    def rows(self):
+        """Return how many rows the conversation has; 0 where the screen cannot be divided."""
+        rows = os.get_terminal_size(sys.stdout.fileno()).lines if self.divided else 0
+        return rows - min(INPUT_ROWS, rows // 2) if rows > 2 else 0
+
+    def bottom(self):
+        """Return the codes (str) that clear the rows at the bottom and go to the first of them."""
+        return f"\033[{self.rows() + 1}H\033[J" if self.rows() else ""
+
+    def show(self, text):
+        """Show `text` (str) below the rest of the conversation. Raises OSError."""
+        rows = self.rows()
+        if not rows:
+            return print(text, flush=True)
+        # Save the cursor (ESC 7). Let only the conversation scroll (CSI 1;n r), and in its last row
+        # (CSI n H) begin a new one. Let all rows scroll again (CSI r). Restore the cursor (ESC 8).
+        # One write does it all: stream and terminal have a lock each, so nothing comes in between.
+        text = f"\0337\033[1;{rows}r\033[{rows}H\n{text}\033[r\0338".replace("\n", "\r\n")
+        sys.stdout.buffer.write(text.encode(sys.stdout.encoding, "replace"))
+        return sys.stdout.buffer.flush()
+
+    def ask(self, prompt):
+        """Return the next line typed (str). Raises EOFError, KeyboardInterrupt, OSError."""
+        print(self.bottom(), end="", flush=True)
+        return input(prompt if self.interactive else "").replace("\n", " ").translate(SAFE_TEXT)
+
+    def styled(self, text, style="2"):
+        """Return `text` with the codes for a style (dimmed by default), where they are wanted."""
+        wanted = self.divided and "NO_COLOR" not in os.environ
+        return f"\033[{style}m{text}\033[0m" if wanted else text
+
+    def end(self, status, reason):
+        """Give the terminal back, say why, and end the process, whatever its threads wait for."""
+        try:
+            if self.modes:               # otherwise the shell would not echo what is typed
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, self.modes)
+            line = f"client.py: {reason}" if status else self.styled(f"* {reason}")
+            print(self.bottom(), end="", flush=True)
+            print(line, file=sys.stderr if status else sys.stdout, flush=True)
+        finally:
+            os._exit(status)
 
 
 def connect(host, port):
@@ -291,11 +236,19 @@ def connect(host, port):
         sock = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
     except (OSError, UnicodeError) as error:         # UnicodeError: not even a host name
         why = getattr(error, "strerror", None) or error
-        sys.exit(f"client.py: cannot connect to {host}:{port}: {why}; are address and port right?")
+        sys.exit(f"client.py: cannot connect to {host}:{port}: {why}; check the address and port")
     sock.settimeout(None)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_WAITING)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MAX_WAITING)
+    for name, value in SOCKOPTS.items():
+        level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
+        with contextlib.suppress(AttributeError, OSError):   # no such name here; or it is refused
+            sock.setsockopt(level, getattr(socket, name), value)
     return sock
+
+
+def is_name(word):
+    """Return whether `word` is a name: letters, marks (not first) and digits of any script, _ -."""
+    kinds = ["L" if sign in "_-" else unicodedata.category(sign)[0] for sign in word]
+    return 0 < len(word) <= 20 and kinds[0] != "M" and set(kinds) <= {"L", "M", "N"}
 
 
 def main():
@@ -305,12 +258,12 @@ def main():
     parser.add_argument("port", type=int, help="the server's port")
     parser.add_argument("--name", help="your name; asked for if not given")
     parser.add_argument("--room", help="the room to join; the server's oldest if not given")
-    options = parser.parse_args()
-    if (options.port not in range(1, 65536) or options.name is not None and not options.name.strip()
-            or options.room is not None and not re.fullmatch(r"[\w-]{1,20}", options.room)):
+    args = parser.parse_args()
+    if (args.port not in range(1, 65536) or args.name is not None and not args.name.strip()
+            or args.room is not None and not is_name(unicodedata.normalize("NFC", args.room))):
         parser.error("port: 1 to 65535; --name: not empty; --room: 1 to 20 letters, digits, _ or -")
     with contextlib.suppress(KeyboardInterrupt):     # while there is nothing to leave yet
-        Chat(Terminal(), connect(options.host, options.port)).run(options.name, options.room)
+        Chat(connect(args.host, args.port), Screen()).run(args.name, args.room)
 
 
 if __name__ == "__main__":

@@ -703,7 +703,7 @@ def test_sixty_at_once_with_long_names(server):
 
 def test_ninety_at_once_with_longer_names(start, tmp_path):
     """What ninety say while they wait for the lock is more than a send buffer holds. Who reads is not dropped."""
-    line = '        elif verb == "ROOMS":\n'
+    line = '        if verb == "ROOMS":\n'
     server = start(Server, script=edited(tmp_path, "server.py", (line, f"{line}            time.sleep(0.3)\n")))
     reader = server.join("reader")
     peers = server.join_all(f"{'𠀀' * 18}{n}" for n in range(90))

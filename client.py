@@ -5,15 +5,15 @@
     echo "hello from a script" | python client.py 127.0.0.1 12345 --name robot
 
 The main thread waits for a line to be typed, and sends it. The reader thread waits for lines from
-the server, and shows them. Each has its own part of the screen: what is typed stands in the bottom
-rows, the conversation scrolls above them. No thread wakes another, since nothing wakes input() on
-every system: when the connection has ended the reader thread itself ends the whole process.
+the server, and shows them. Each has its own part of the screen: you type in the bottom rows, the
+conversation scrolls above them. Nothing can wake input() on every system; so when the connection
+has ended, no thread wakes the other: the reader thread itself ends the whole process.
 
 /who        who is in this room?
 /rooms      which rooms are there?
 /join ROOM  go to another room; it is created if necessary
 /name NAME  take another name
-/quit       leave; so does Ctrl-D
+/quit       leave; so does Ctrl-D (Windows: Ctrl-Z, Enter)
 //text      say "/text"; anything else is sent as a message
 """
 import argparse
@@ -28,14 +28,13 @@ import unicodedata
 try:
     import readline                      # gives input() line editing and a history
     import termios                       # reads and sets the modes of the terminal, such as echo
-except ImportError:                      # Windows does both by itself
+except ImportError:                      # Windows, where the console edits lines itself
     readline = termios = None
-MAX_REQUEST = 1024                       # bytes, the line ending not counted: see the protocol
-MAX_WAITING = 64 * 1024                  # bytes that wait in the kernel, each way; or in a line
+MAX_WAITING = 64 * 1024                  # bytes in the kernel, each way; or in a line to show
 POLL_SECONDS = 0.5                       # Windows notices Ctrl-C only between two waits
-CONNECT_SECONDS = 10                     # a server that has not answered by then is not there
+CONNECT_SECONDS = 10                     # how long to wait for a connection
 INPUT_ROWS = 3                           # at the bottom of the screen, for what is being typed
-# Options of the socket, with which TCP also gives up on a vanished machine: see server.py.
+# Socket options: buffer sizes, and when TCP gives up on a vanished machine. See server.py.
 SOCKOPTS = {"SO_SNDBUF": MAX_WAITING, "SO_RCVBUF": MAX_WAITING, "SO_KEEPALIVE": 1, "TCP_KEEPCNT": 4,
             "TCP_KEEPIDLE": 20, "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_USER_TIMEOUT": 30_000}
 # What must never reach a terminal, whatever the server says: see server.py.
@@ -45,28 +44,27 @@ COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]   # of 256: legible on wh
 
 
 class Chat:
-    """The conversation. The main thread runs `run`, and sends; the reader thread runs `read`."""
-    # What the two share needs no lock: the queue has its own; `name` and `goodbye` are assigned by
-    # one thread each, in one step, and the other thread only looks.
+    """The conversation. The main thread runs `run`, the reader thread `read`."""
+    # What the two share needs no lock. Only main sends on the socket, only the reader receives. The
+    # queue has a lock of its own. The reader assigns `name`, main `goodbye`; the other only reads.
     def __init__(self, sock, screen):
         self.sock = sock
         self.screen = screen
-        self.answers = queue.SimpleQueue()   # the answers to JOIN: texts of WELCOME and ERROR
+        self.answers = queue.Queue(1)        # the answer to JOIN: "" for WELCOME, or why it failed
         self.name = ""                       # our name, as the last WELCOME said
-        self.goodbye = ""                    # the last line on the screen, if we leave by ourselves
+        self.goodbye = ""                    # the last line on the screen, if it is we who leave
 
     def run(self, name, room):
         """Join, send what is typed, leave. Does not return: see Screen.end."""
         reader = threading.Thread(target=self.read, name="reader", daemon=True)
         reader.start()
         try:
-            # EOFError: Ctrl-D, or a script's end. OSError: no output; or no connection, see read.
+            # EOFError: Ctrl-D, or a script's end. OSError: the terminal or our output is gone.
             with contextlib.suppress(EOFError, OSError):
                 self.enter(name, room)
                 self.talk()
             self.goodbye = "you have left"
-            with contextlib.suppress(OSError):
-                self.send("LEAVE")
+            self.send("LEAVE")
             while True:                      # until the reader thread has read BYE
                 reader.join(POLL_SECONDS)
         except KeyboardInterrupt:
@@ -76,12 +74,13 @@ class Chat:
         """Join under `name`, or else under what is typed, until the server accepts it."""
         while not self.name:
             if name is None and self.screen.interactive:
-                name = "_".join(self.screen.ask("Your name: ").split())      # a room would follow
+                name = self.screen.ask("Your name: ")
+            name = "_".join((name or "").split())    # a second word would be a room
             why = self.join(name, room)
             if self.name and room and not name:      # JOIN takes no room without a name, so go
-                self.join(self.name, room)           # there under the one that the server chose
-            if not (self.name or self.screen.interactive):
-                self.screen.end(1, f"{why}; start again with another --name")
+                why = self.join(self.name, room)     # there under the one that the server chose
+            if why and not self.screen.interactive:
+                self.screen.end(1, f"{why}; start again with another --name or --room")
             name = None
 
     def talk(self):
@@ -93,37 +92,36 @@ class Chat:
                 self.say(line[1:] if line.startswith("/") else line)
             elif command in ("/who", "/rooms"):
                 self.send(command[1:].upper())
-            elif command == "/join" and len(words) == 1:
-                self.join(self.name, *words)
-            elif command == "/name" and len(words) == 1:
-                self.join(*words)
+            elif command in ("/join", "/name") and len(words) == 1:
+                self.join(*(words if command == "/name" else [self.name, *words]))
             elif command == "/quit":
                 return
             else:
                 if command != "/help":
                     self.screen.show(f"* unknown command or wrong arguments: {line}; the commands:")
-                self.screen.show((__doc__ or "").split("\n\n")[-1].strip())     # from above
+                self.screen.show((__doc__ or "").split("\n\n")[-1].strip())     # see above
 
     def say(self, text):
-        """Send `text` as MSG; as several, cut between characters, if it is too long."""
+        """Send `text` as MSG; as several, cut between characters, if it is too long for one."""
         data = text.encode("utf-8", "replace")
         while data.strip():
-            piece = data[:MAX_REQUEST - len("MSG ")].decode("utf-8", "ignore")  # no half character
+            piece = data[:1024 - len("MSG ")].decode("utf-8", "ignore")      # no half character
             self.send(f"MSG {piece}")
-            if self.screen.rows():           # elsewhere it stays where it was typed
+            if self.screen.rows():           # elsewhere the typed line stays visible
                 self.hear(f"MSG {self.name} {piece}")
             data = data[len(piece.encode()):]
 
     def join(self, name, room=None):
-        """Send JOIN, wait for the answer, and return its text (str)."""
+        """Send JOIN, wait for the answer, and return why it was refused (str), or an empty str."""
         self.send(f"JOIN {name} {room or ''}".rstrip() if name else "JOIN")
         while True:
             with contextlib.suppress(queue.Empty):
                 return self.answers.get(timeout=POLL_SECONDS)
 
     def send(self, request):
-        """Send one request (str). Raises OSError."""
-        self.sock.sendall(request.encode("utf-8", "replace") + b"\n")
+        """Send one request (str)."""
+        with contextlib.suppress(OSError):   # the reader thread sees that the connection has ended
+            self.sock.sendall(request.encode("utf-8", "replace") + b"\n")
 
     def read(self):
         """Show what the server says until its BYE or the end of the connection; then end."""
@@ -131,7 +129,7 @@ class Chat:
             for line in self.lines():
                 self.hear(line)
             self.screen.end(1, "connection lost; start again when the server is back")
-        except OSError:                      # nobody reads our output any more
+        except OSError:                      # our output cannot be written any more
             self.screen.end(0, "you have left")
         except Exception:                    # a mistake in this program
             self.screen.end(1, traceback.format_exc())
@@ -139,7 +137,7 @@ class Chat:
     def lines(self):
         """Yield each line from the server (str, safe to show) until the connection has ended."""
         rest = b""
-        with contextlib.suppress(OSError):   # a reset is an end as well
+        with contextlib.suppress(OSError):   # a reset ends it, too
             while data := self.sock.recv(MAX_WAITING):
                 *lines, rest = (rest[:MAX_WAITING + 1] + data).replace(b"\r\n", b"\n").split(b"\n")
                 for line in lines:
@@ -147,7 +145,7 @@ class Chat:
                     yield text if len(line) <= MAX_WAITING else "overlong line omitted"
 
     def hear(self, line):
-        """Show a line from the server (str), and note what it says of us."""
+        """Show a line from the server (str); remember our name; end at BYE."""
         verb, _, rest = line.partition(" ")
         word, _, text = rest.partition(" ")
         if verb == "BYE":
@@ -163,29 +161,30 @@ class Chat:
         notice = self.screen.styled(notices.get(verb, f"? {line}"))
         self.screen.show(message if verb == "MSG" else notice)
         if verb in ("WELCOME", "ERROR"):
-            self.answers.put(rest)
+            with contextlib.suppress(queue.Full):            # nobody has asked
+                self.answers.put_nowait(rest if verb == "ERROR" else "")
 
 
 class Screen:
-    """The terminal. One types in the rows at the bottom; above them the conversation scrolls."""
-    # What edits the typed line (readline, the Windows console) never learns of a message: its rows
-    # and its cursor stay as they are.
+    """The terminal. You type in the rows at the bottom; above them the conversation scrolls."""
+    # What edits the typed line (readline, the Windows console) never learns of a message, since a
+    # message leaves its rows and its cursor as they are.
     def __init__(self):
         for name in ("stdin", "stdout", "stderr"):           # None: closed by whoever started us
             setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))
         self.interactive = sys.stdin.isatty()
-        # IDLE and the like have a stdin of their own. os.system makes Windows obey escape codes.
-        self.divided = (self.interactive and sys.stdin is sys.__stdin__ and sys.stdout.isatty()
-                        and os.environ.get("TERM") != "dumb" and os.system("") == 0)
-        self.modes = termios.tcgetattr(sys.stdin) if termios and self.divided else None
-        with contextlib.suppress(AttributeError, OSError):   # what IDLE or Windows lack
+        console = self.interactive and sys.stdin is sys.__stdin__    # IDLE has a stdin of its own
+        self.modes = termios.tcgetattr(sys.stdin) if termios and console else None
+        self.divided = (console and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+                        and os.system("") == 0)      # which makes Windows obey escape codes
+        with contextlib.suppress(AttributeError, OSError):   # what IDLE or Windows lacks
             sys.stdin.reconfigure(errors="replace")
             sys.stdout.reconfigure(errors="replace")
             os.set_blocking(sys.stdout.fileno(), True)
-            readline.parse_and_bind("set horizontal-scroll-mode on")     # a long line keeps its row
+            print("\n" * INPUT_ROWS if self.rows() else "", end="", flush=True)      # make room
+            readline.parse_and_bind("set horizontal-scroll-mode on")     # no long line wraps (GNU)
             readline.parse_and_bind("bind ^L ed-redisplay" if "libedit" in readline.__doc__
-                                    else "Control-l: redraw-current-line")       # so does Ctrl-L
-        print("\n" * INPUT_ROWS if self.rows() else "", end="", flush=True)      # make room
+                                    else "Control-l: redraw-current-line")   # do not clear the rest
 
     def rows(self):
         """Return how many rows the conversation has; 0 where the screen cannot be divided."""
@@ -219,14 +218,15 @@ class Screen:
         return f"\033[{style}m{text}\033[0m" if wanted else text
 
     def end(self, status, reason):
-        """Give the terminal back, say why, and end the process, whatever its threads wait for."""
+        """Say why, give the terminal back, and end the process, whatever its threads are doing."""
         try:
-            if self.modes:               # otherwise the shell would not echo what is typed
-                termios.tcsetattr(sys.stdin, termios.TCSANOW, self.modes)
-            line = f"client.py: {reason}" if status else self.styled(f"* {reason}")
+            threading.Timer(1, os._exit, [status]).start()   # in case nobody takes our output
             print(self.bottom(), end="", flush=True)
+            line = f"client.py: {reason}" if status else self.styled(f"* {reason}")
             print(line, file=sys.stderr if status else sys.stdout, flush=True)
         finally:
+            if self.modes:               # otherwise the shell would not echo what is typed
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, self.modes)
             os._exit(status)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A chatroom server: a thread for each client, one lock, and no wait is long.
+"""A chatroom server: one thread for each client, one lock, and no long waits.
 
     python server.py 12345                 in one terminal
     python client.py 127.0.0.1 12345       in another, and in one more
@@ -7,8 +7,8 @@
 
 The main thread accepts connections and starts a thread for each. That thread receives the client's
 requests, one per line, and carries them out under the one lock: it changes the rooms, and sends
-what the client says to the others in its room. One more thread writes the log. No thread wakes
-another: one that waits gives up after half a second, checks whether to stop, and waits again.
+what the client says to the others in its room. One more thread writes the log. To stop, no thread
+wakes another: a wait on a socket ends after half a second, and its thread then checks `closing`.
 """
 import argparse
 import contextlib
@@ -25,21 +25,20 @@ import unicodedata
 
 POLL_SECONDS = 0.5           # how long a thread waits before it checks whether to stop
 JOIN_SECONDS = 300           # a client that has not joined by then is disconnected
-FAREWELL_SECONDS = 2         # how long a client may take to hang up after its BYE
+FAREWELL_SECONDS = 2         # how long a client may go on sending after its BYE
 MAX_REQUEST = 1024           # bytes in a request, its line ending not counted
 MAX_NAME = 20                # characters in the name of a person or a room
-REQUEST_BYTES = 100          # what a short request counts as at --rate
+REQUEST_BYTES = 100          # at --rate a request counts as at least so many bytes
 CHUNK = 4096                 # bytes that one recv returns at most
 SEND_BUFFER = 256 * 1024     # bytes that may wait in the kernel for a client that reads slowly
-RECEIVE_BUFFER = 64 * 1024   # bytes that a client may have sent ahead, in the kernel too
+RECEIVE_BUFFER = 64 * 1024   # bytes from a client that may wait there to be received
 BACKLOG = 1024               # connections that may wait for accept; with 128, 500 at once take 3 s
-# A client's socket. TCP gives up on a machine that has vanished: after 20 s of silence (an option
-# with two names) it asks four times, 5 s apart; or what it sent is not acknowledged for 30,000 ms.
-SOCKET_OPTIONS = {"SO_SNDBUF": SEND_BUFFER, "TCP_NODELAY": 1, "SO_KEEPALIVE": 1,
-                  "TCP_KEEPIDLE": 20, "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4,
-                  "TCP_USER_TIMEOUT": 30_000}
+# A client's socket. TCP gives up on a silent one: after 20 s it asks whether it is still there (on
+# macOS KEEPALIVE, not KEEPIDLE), four times, 5 s apart; or when for 30,000 ms it has taken nothing.
+SOCKOPTS = {"SO_SNDBUF": SEND_BUFFER, "TCP_NODELAY": 1, "SO_KEEPALIVE": 1, "TCP_KEEPCNT": 4,
+            "TCP_KEEPIDLE": 20, "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_USER_TIMEOUT": 30_000}
 # What must never reach a terminal: control characters (C0, DEL, C1), separators of lines and
-# paragraphs, and bidirectional controls, which turn text around. A tab becomes a space.
+# paragraphs, and controls that override the direction of text. A tab becomes a space.
 UNSAFE = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 SAFE_TEXT = {**dict.fromkeys(UNSAFE, "\ufffd"), ord("\t"): " "}
 log = logging.getLogger("chat")
@@ -50,15 +49,15 @@ rooms = []                               # oldest first; empty rooms are removed
 rooms_lock = threading.Lock()            # in C: a pthread_mutex_t
 closing = False                          # set by Ctrl-C and other signals: see stop
 
-# 1. A thread holds the lock to change `rooms` or a room, to rely on what it reads there, and to
-#    send. So two clients cannot both find a name free, or both find no room and create one; all
-#    members see the same order; lines on a socket are never interleaved.
+# 1. A thread holds the lock while it changes `rooms` or a room, acts on what it has read there, or
+#    sends. So two clients cannot both find a name free, or both create the same room; all members
+#    see the same order; lines on a socket are never interleaved.
 # 2. A thread that holds the lock does not wait: it neither receives nor sleeps, and a send that
 #    would have to wait fails instead. So nobody waits long for the lock.
-# 3. Only a client's own thread receives from it, changes its name and its room, says BYE and, when
-#    the client has left its room, closes its socket. So a client found in a room can be sent to.
-# 4. `closing`, and the reason why a client is disconnected, are set and never taken back. They are
-#    read without the lock: a thread that looks too early looks again half a second later.
+# 3. Only a client's own thread receives from it, changes its name and room, says BYE and, when the
+#    client is in no room any more, closes its socket. So whoever is in a room can be sent to.
+# 4. `closing`, and the `reason` why a client is disconnected, are set but never cleared. They are
+#    read without the lock: a thread that reads one too early looks again half a second later.
 
 
 class Room:
@@ -71,7 +70,7 @@ class Room:
 
     def enter(self, client):
         """Add `client`, and tell the others."""
-        if client.room is not self:      # otherwise it only has a new name
+        if client.room is not self:      # otherwise it has only changed its name
             self.members.append(client)
             client.room = self
         log.info("%s joined %s", client.name, self.name)
@@ -96,11 +95,11 @@ class Room:
 
 
 class Client:
-    """A connection, who it is, and where. Only `send` is called by other threads than its own."""
+    """A connection: its sockets, name and room. Other clients' threads call only `send`."""
     def __init__(self, sock):
-        # Two Python objects for one connection: `recv` on `sock` waits half a second at most,
-        # `send` on `sender` never waits. (One object has one timeout, for both.) They share a
-        # descriptor. So only `sock` closes it; `sender` is detached from it before.
+        # Two socket objects with one descriptor, since an object has one timeout for both ways:
+        # `recv` on `sock` waits half a second at most, `send` on `sender` never waits. Only `sock`
+        # closes the descriptor; before that, `sender` lets go of it (detach).
         self.sock = sock
         self.sender = socket.socket(sock.family, sock.type, fileno=sock.fileno())
         self.sock.settimeout(POLL_SECONDS)
@@ -109,7 +108,7 @@ class Client:
         self.room = None                 # the Room that it is a member of
         self.reason = None               # why it is disconnected; None as long as it stays
         self.unfinished = b""            # the beginning of a request whose end has not come yet
-        self.resume = 0                  # when to receive again: see --rate
+        self.resume = 0                  # when to receive again (a time), see --rate
 
     def serve(self):
         """Serve the client until there is a reason to stop. Runs in the client's own thread."""
@@ -121,14 +120,14 @@ class Client:
                     self.reason = "the server is closing"
                 elif not self.room and now > join_by:
                     self.reason = f"no JOIN within {JOIN_SECONDS} seconds"
-                elif now < self.resume:  # meanwhile TCP holds a flooder back
+                elif now < self.resume:  # it sent faster than --rate; now TCP makes it wait
                     time.sleep(min(POLL_SECONDS, self.resume - now))
                 else:
                     self.receive()
         except Exception:                # a mistake in this program ends only this client
             self.reason = "an error in the server"
             log.exception(self.reason)
-        try:                             # the one way out, however the connection ends
+        try:                             # the one way out, whatever the reason
             self.carry_out("LEAVE", [])
         finally:
             self.hang_up()
@@ -137,18 +136,18 @@ class Client:
         """Receive what comes within half a second; carry out the requests that are complete."""
         try:
             data = self.sock.recv(options.chunk)
-        except OSError as error:         # without a number it is our timeout: nothing has come
+        except OSError as error:         # no errno: only our timeout, nothing has come
             if error.errno:
                 self.reason = f"connection lost: {error.strerror}"
             return
         log.debug("recv %r", data)
         if not data:                     # b"" means that the client has closed its side, not that
-            self.reason = "end of file"  # nothing has come yet
-        # TCP keeps the order of bytes, not the pieces in which they were sent: so cut at newlines.
-        # Of an endless line keep just enough to see that it is too long.
+            self.reason = "end of file"  # nothing has come yet (that is the timeout)
+        # TCP delivers a stream of bytes, without message boundaries: so cut at newlines. Of a line
+        # that does not end, keep just enough to see that it is too long.
         *lines, unfinished = (self.unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
         self.unfinished = unfinished[:MAX_REQUEST + 2]
-        # Neighbours with the same verb form a group, since messages are sent much faster together.
+        # Successive requests with the same verb form a group: many messages in one send are faster.
         for verb, group in itertools.groupby(map(parse, lines), key=lambda request: request[0]):
             if verb == "LEAVE":          # serve carries it out
                 self.reason = "you said LEAVE"
@@ -159,8 +158,8 @@ class Client:
     def carry_out(self, verb, texts):
         """Carry out requests with the same verb: send lines to the others, or answers."""
         log.debug("waits for the lock")
-        with rooms_lock:                 # A critical section. That of JOIN is this one: from the
-            log.debug("has the lock")    # look whether the name is free until WELCOME has been sent
+        with rooms_lock:                 # for JOIN, all of this is one critical section: from the
+            log.debug("has the lock")    # check that the name is free to the sending of WELCOME
             if verb == "MSG" and self.room:
                 lines = [f"MSG {self.name} {text}\n" for text in texts if text.strip()]
                 self.room.broadcast("".join(lines).encode(), self)
@@ -197,13 +196,13 @@ class Client:
         taken = {member.name.casefold() for room in rooms for member in room.members}
         taken.discard(self.name.casefold())
         free = (f"guest{number}" for number in itertools.count(1) if f"guest{number}" not in taken)
-        name = words[0] if words else next(free)
+        name = words[0] if words else next(free)             # the first one that is free
         if name.casefold() in taken:
             return f"ERROR the name {name} is taken"
-        room = find_room(words[1]) if len(words) == 2 else self.room or find_room()
+        room = find_room(words[1]) if len(words) == 2 else (self.room or find_room())
         if (name, room) == (self.name, self.room):
             return f"ERROR you are already {name} in {room.name}"
-        if room is self.room:
+        if room is self.room:            # only a new name
             room.broadcast(f"LEFT {self.name}\n".encode(), self)
         elif self.room:
             self.room.leave(self)
@@ -221,13 +220,13 @@ class Client:
         except OSError as error:         # its own thread finds the reason within half a second
             full = isinstance(error, BlockingIOError)
             self.reason = self.reason or ("dropped: not reading" if full else "connection lost")
-            self.sender.detach()         # from now on every send to it fails
+            self.sender.detach()         # without a descriptor every later send fails
 
     def hang_up(self):
-        """Wait until the client hangs up, is silent, or FAREWELL_SECONDS are over; then close."""
-        # If input is unread when a socket is closed TCP resets the connection, and BYE may be lost.
+        """Read on until the client hangs up, is silent, or FAREWELL_SECONDS are over; close."""
+        # Closing with input unread makes TCP send a reset, which can make the client lose its BYE.
         end = time.monotonic() + FAREWELL_SECONDS
-        with contextlib.suppress(OSError):       # a reset; or our timeout: then nothing is unread
+        with contextlib.suppress(OSError):       # a reset; or our timeout: all has been read
             self.sock.shutdown(socket.SHUT_WR)
             while self.sock.recv(RECEIVE_BUFFER) and time.monotonic() < end:
                 time.sleep(0.01)         # a client that goes on sending must not make this spin
@@ -246,11 +245,11 @@ def find_room(name=None):
 
 def accept_clients(listener):
     """Start a thread for each client that connects; return the threads when the server closes."""
-    threads, number = {}, 0              # for each client its thread; how many there have been
+    threads, number = {}, 0              # each client's thread; how many clients so far
     while not closing:
         try:
-            sock, address = listener.accept()
-        except OSError as error:         # without a number it is our timeout: no new connection yet
+            sock, address = listener.accept()        # on macOS address can be None
+        except OSError as error:         # no errno: only our timeout, no new connection yet
             if error.errno:              # e.g. out of file descriptors; it would fail again at once
                 log.warning("cannot accept: %s", error.strerror)
                 time.sleep(POLL_SECONDS)
@@ -261,13 +260,14 @@ def accept_clients(listener):
         if sum(not other.reason for other in threads) >= options.max_clients:
             client.reason = f"the server is full (at most {options.max_clients} clients)"
         thread = threading.Thread(target=client.serve, name=f"client-{number}", daemon=True)
-        log.info("connection from %s:%d: thread %s starts", *address[:2], thread.name)
+        log.info("connection from %s:%s: thread %s starts", *(address or "??")[:2], thread.name)
         try:
             thread.start()               # in C: pthread_create
             threads[client] = thread
         except RuntimeError as error:    # the system has no thread left
-            client.reason = str(error)
-            client.hang_up()
+            log.warning("thread ends: %s", error)
+            client.sender.detach()
+            sock.close()
     return threads.values()
 
 
@@ -285,8 +285,8 @@ def is_name(word):
 
 
 def set_options(sock):
-    """Set SOCKET_OPTIONS as far as this system knows them (man 7 tcp, man 7 socket)."""
-    for name, value in SOCKET_OPTIONS.items():
+    """Set SOCKOPTS as far as this system knows them (man 7 tcp, man 7 socket)."""
+    for name, value in SOCKOPTS.items():
         level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
         with contextlib.suppress(AttributeError, OSError):   # no such name; or it is refused
             sock.setsockopt(level, getattr(socket, name), value)
@@ -304,7 +304,7 @@ def listen(host, port):
 def stop(_signum, _frame):
     """Note that the server is to be closed; a second Ctrl-C ends the process at once."""
     global closing
-    closing = True                       # no more: a handler that takes a lock can wait for itself
+    closing = True                       # nothing else: a handler that took a lock could hang
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))
 
 
@@ -335,22 +335,22 @@ def parse_arguments():
             and options.name and options.host and options.host.isascii()):
         parser.error("port: 0 to 65535; --max-clients: 1 or more; --rate: 0 or more; no empty name")
     options.rate = options.rate or 10 ** 12      # which nobody reaches
-    options.chunk = min(CHUNK, options.rate // 32 + 1)       # so little that every rest is short
+    options.chunk = min(CHUNK, options.rate // 32 + 1)       # small pieces: short rests
 
 
 def main():
     """Run the server. Exit status: 0 when it was closed, 1 when it cannot listen."""
     threading.current_thread().name = "main"
     parse_arguments()
-    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"} & set(dir(signal)):  # those it has here
+    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"} & set(dir(signal)):  # those there are
         signal.signal(getattr(signal, name), stop)
     try:
         listener = listen(options.host, options.port)
     except OSError as error:
         sys.exit(f"server.py: cannot listen on {options.host}:{options.port}: "
                  f"{error.strerror.partition(' (')[0]}; try another port, or another --host")
-    lines = queue.SimpleQueue()          # the log's own thread writes it: a stalled terminal then
-    logging.basicConfig(level=logging.DEBUG if options.trace else logging.INFO,  # delays nobody
+    lines = queue.SimpleQueue()          # a thread of its own writes the log: nobody else has to
+    logging.basicConfig(level=logging.DEBUG if options.trace else logging.INFO,  # wait if it stalls
                         format="%(asctime)s %(threadName)-9s %(message)s", datefmt="%H:%M:%S",
                         handlers=[logging.handlers.QueueHandler(lines)])
     writer = logging.handlers.QueueListener(lines, logging.StreamHandler())

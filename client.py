@@ -78,7 +78,7 @@ class Chat:
             name = "_".join((name or "").split())    # a second word would be a room
             why = self.join(name, room)
             if self.name and room and not name:      # JOIN takes no room without a name, so go
-                why = self.join(self.name, room)     # there under the one that the server chose
+                self.join(self.name, room)           # there under the one that the server chose
             if why and not self.screen.interactive:
                 self.screen.end(1, f"{why}; start again with another --name or --room")
             name = None

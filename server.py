@@ -153,7 +153,8 @@ class Client:
                 self.reason = "you said LEAVE"
             elif verb and not self.reason:
                 self.carry_out(verb, [text for _, text in group])
-        self.resume = time.monotonic() + max(len(data), REQUEST_BYTES * len(lines)) / options.rate
+        requests = len(lines) - lines.count(b"")             # an empty line is not one
+        self.resume = time.monotonic() + max(len(data), REQUEST_BYTES * requests) / options.rate
 
     def carry_out(self, verb, texts):
         """Carry out requests with the same verb: send lines to the others, or answers."""
@@ -193,11 +194,9 @@ class Client:
         """Enter a room, move or rename (words: name, room); return the answer. Needs the lock."""
         if len(words) > 2 or not all(map(is_name, words)):
             return f"ERROR JOIN [name [room]]; a name is 1 to {MAX_NAME} letters, digits, _ or -"
-        taken = {member.name.casefold() for room in rooms for member in room.members}
-        taken.discard(self.name.casefold())
-        free = (f"guest{number}" for number in itertools.count(1) if f"guest{number}" not in taken)
-        name = words[0] if words else next(free)             # the first one that is free
-        if name.casefold() in taken:
+        used = {m.name.casefold() for room in rooms for m in room.members} - {self.name.casefold()}
+        name = words[0] if words else min({f"guest{n}" for n in range(1, len(used) + 2)} - used)
+        if name.casefold() in used:
             return f"ERROR the name {name} is taken"
         room = find_room(words[1]) if len(words) == 2 else (self.room or find_room())
         if (name, room) == (self.name, self.room):
@@ -252,7 +251,7 @@ def accept_clients(listener):
         except OSError as error:         # no errno: only our timeout, no new connection yet
             if error.errno:              # e.g. out of file descriptors; it would fail again at once
                 log.warning("cannot accept: %s", error.strerror)
-                time.sleep(POLL_SECONDS)
+                time.sleep(0.05)
             continue
         set_options(sock)
         client, number = Client(sock), number + 1
@@ -364,6 +363,7 @@ def main():
         time.sleep(0.05)
     log.info("closed")
     writer.stop()                        # when it has written what is left
+    os._exit(0)                          # without a last flush: the terminal may be gone
 
 
 if __name__ == "__main__":

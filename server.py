@@ -25,7 +25,7 @@ import unicodedata
 
 POLL_SECONDS = 0.5           # how long a thread waits before it checks whether to stop
 JOIN_SECONDS = 300           # a client that has not joined by then is disconnected
-FAREWELL_SECONDS = 2         # how long a client may go on sending after its BYE
+FAREWELL_SECONDS = 1.5       # how long a client may go on sending after its BYE
 MAX_REQUEST = 1024           # bytes in a request, its line ending not counted
 MAX_NAME = 20                # characters in the name of a person or a room
 REQUEST_BYTES = 100          # at --rate a request counts as at least so many bytes
@@ -127,10 +127,8 @@ class Client:
         except Exception:                # a mistake in this program ends only this client
             self.reason = "an error in the server"
             log.exception(self.reason)
-        try:                             # the one way out, whatever the reason
-            self.carry_out("LEAVE", [])
-        finally:
-            self.hang_up()
+        with contextlib.closing(self):   # the one way out, whatever the reason. It calls close,
+            self.carry_out("LEAVE", [])  # even if there is a mistake in carry_out
 
     def receive(self):
         """Receive what comes within half a second; carry out the requests that are complete."""
@@ -221,7 +219,7 @@ class Client:
             self.reason = self.reason or ("dropped: not reading" if full else "connection lost")
             self.sender.detach()         # without a descriptor every later send fails
 
-    def hang_up(self):
+    def close(self):
         """Read on until the client hangs up, is silent, or FAREWELL_SECONDS are over; close."""
         # Closing with input unread makes TCP send a reset, which can make the client lose its BYE.
         end = time.monotonic() + FAREWELL_SECONDS
@@ -300,11 +298,12 @@ def listen(host, port):
     return listener
 
 
-def stop(_signum, _frame):
+def stop(signum, _frame):
     """Note that the server is to be closed; a second Ctrl-C ends the process at once."""
     global closing
     closing = True                       # nothing else: a handler that took a lock could hang
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    if signum == signal.SIGINT:
+        signal.signal(signum, lambda *_: os._exit(1))
 
 
 def hint(family, host, port):
@@ -362,8 +361,9 @@ def main():
     while any(thread.is_alive() for thread in threads):      # each says BYE: see Client.serve
         time.sleep(0.05)
     log.info("closed")
-    writer.stop()                        # when it has written what is left
-    os._exit(0)                          # without a last flush: the terminal may be gone
+    threading.Timer(0.7, os._exit, [0]).start()  # the terminal may be stalled, or gone; otherwise
+    writer.stop()                                # what is left of the log is written first
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,13 @@ class Chat:
         reader = threading.Thread(target=self.read, name="reader", daemon=True)
         reader.start()
         try:
-            # EOFError: Ctrl-D, or a script's end. OSError: the terminal or our output is gone.
+            # EOFError: Ctrl-D, or a script's end. OSError: terminal, output or connection is gone.
             with contextlib.suppress(EOFError, OSError):
                 self.enter(name, room)
                 self.talk()
             self.goodbye = "you have left"
-            self.send("LEAVE")
+            with contextlib.suppress(OSError):
+                self.send("LEAVE")
             while True:                      # until the reader thread has read BYE
                 reader.join(POLL_SECONDS)
         except KeyboardInterrupt:
@@ -119,9 +120,8 @@ class Chat:
                 return self.answers.get(timeout=POLL_SECONDS)
 
     def send(self, request):
-        """Send one request (str)."""
-        with contextlib.suppress(OSError):   # the reader thread sees that the connection has ended
-            self.sock.sendall(request.encode("utf-8", "replace") + b"\n")
+        """Send one request (str). Raises OSError."""
+        self.sock.sendall(request.encode("utf-8", "replace") + b"\n")
 
     def read(self):
         """Show what the server says until its BYE or the end of the connection; then end."""

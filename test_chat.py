@@ -657,7 +657,7 @@ def test_rule_9_max_clients(start):
 def test_rule_9_join_deadline(start, tmp_path):
     """Of 300 seconds, here 0.3; trickling bytes stretches neither it nor the farewell."""
     script = edited(tmp_path, "server.py", ("JOIN_SECONDS = 300", "JOIN_SECONDS = 0.3"),
-                    ("FAREWELL_SECONDS = 2", "FAREWELL_SECONDS = 0.2"))
+                    ("FAREWELL_SECONDS = 1.5", "FAREWELL_SECONDS = 0.2"))
     server = start(Server, script=script)
     alice, silent, trickling = server.join("alice"), server.connect(), server.connect()
     with pytest.raises(OSError):

@@ -1,0 +1,111 @@
+"""Draw session.svg: the server's log, alice and bob side by side, from a real session.
+
+    python .github/picture.py
+
+It starts the real scripts in the terminals of test_chat.py, types what alice and bob type, and
+draws what the three screens then show. It needs pytest, because test_chat.py does.
+"""
+import subprocess
+import sys
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import test_chat
+
+PORT = "12345"
+ROWS = 14
+WIDTHS = {"python server.py": 74, "alice: python client.py": 32, "bob: python client.py": 32}
+CHARACTER, LINE, MARGIN = 7, 17, 10      # pixels
+STYLE = """
+text { font: 11.5px ui-monospace, Menlo, Consolas, monospace; fill: #e6e6e6 }
+.title, .notice { fill: #a0a8b8 } .name { fill: #7fc8ff } .prompt { fill: #ffd479 }
+"""
+
+
+def session():
+    """Let alice and bob talk; return {title: (lines on the screen, row and column)}."""
+    terminals = []
+
+    def start(columns, *command):
+        terminals.append(test_chat.Terminal(*command, columns=columns, height=ROWS,
+                                            stderr=subprocess.STDOUT))
+        return terminals[-1]
+
+    try:
+        server_width, *client_widths = WIDTHS.values()
+        server = start(server_width, "server.py", PORT)
+        shows(server, "listening on")
+        alice, bob = people = [start(columns, "client.py", "127.0.0.1", PORT)
+                               for columns in client_widths]
+        for name, person in zip(("alice", "bob"), people):
+            shows(person, "Your name:")
+            person.types(f"{name}\r")
+            shows(person, "Welcome")
+        say(alice, "hi bob", people)
+        say(bob, "hello, alice", people)
+        alice.types("Did you find the b")            # half a line, while bob goes on
+        say(bob, "I am in the lobby", people)
+        bob.types("/who\r")
+        shows(bob, "in this room")
+        bob.types("/join den\r")
+        shows(alice, "bob left")
+        shows(bob, "You are bob in den.")
+        test_chat.settled(server)
+        return {title: (terminal.look()[0], terminal.screen.row, terminal.screen.column)
+                for title, terminal in zip(WIDTHS, terminals)}
+    finally:
+        for terminal in reversed(terminals):
+            terminal.stop()
+
+
+def shows(terminal, text):
+    test_chat.eventually(lambda: text in " ".join(" ".join(terminal.look()[0]).split()), text)
+
+
+def say(speaker, text, people):
+    speaker.types(f"{text}\r")
+    for person in people:
+        shows(person, f": {text}")
+
+
+def drawn(line, in_notice):
+    """Return a line as SVG: (the rest of) a notice, a message with its name, a prompt, or plain."""
+    name, colon, text = line.partition(": ")
+    if in_notice:
+        return f'<tspan class="notice">{escape(line)}</tspan>'
+    if line.startswith(">"):
+        return f'<tspan class="prompt">&gt;</tspan>{escape(line[1:])}'
+    if colon and name.isalpha():
+        return f'<tspan class="name">{escape(name)}</tspan>: {escape(text)}'
+    return escape(line)
+
+
+def picture(screens):
+    """Return the screens, side by side, as an SVG that suits light pages and dark ones."""
+    parts, left = [], 0
+    height = (ROWS + 2) * LINE + MARGIN
+    for title, (lines, row, column) in screens.items():
+        width = WIDTHS[title] * CHARACTER + 2 * MARGIN
+        parts.append(f'<rect x="{left + 1}" y="1" width="{width - 2}" height="{height - 2}" rx="6" '
+                     'fill="#1d2230" stroke="#6b7385"/>')
+        parts.append(f'<text class="title" x="{left + MARGIN}" y="{LINE}">{title} …</text>')
+        in_notice, previous = False, ""
+        for number, line in enumerate(lines):
+            wrapped = len(previous) >= WIDTHS[title] - 1
+            in_notice, previous = line.startswith("* ") or in_notice and wrapped, line
+            if line:
+                parts.append(f'<text x="{left + MARGIN}" y="{(number + 2) * LINE + 4}" '
+                             'xml:space="preserve" '
+                             f'textLength="{len(line) * CHARACTER}">'
+                             f'{drawn(line, in_notice)}</text>')
+        parts.append(f'<rect x="{left + MARGIN + column * CHARACTER}" y="{(row + 1) * LINE + 8}" '
+                     f'width="{CHARACTER}" height="{LINE - 3}" fill="#e6e6e6" opacity="0.6"/>')
+        left += width + MARGIN
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left - MARGIN} {height}">\n'
+            f'<style>{STYLE}</style>\n' + "\n".join(parts) + "\n</svg>\n")
+
+
+if __name__ == "__main__":
+    (HERE / "session.svg").write_text(picture(session()), encoding="utf-8")

@@ -37,12 +37,12 @@ def session():
         server_width, *client_widths = WIDTHS.values()
         server = start(server_width, "server.py", PORT)
         shows(server, "listening on")
-        alice, bob = people = [start(columns, "client.py", "127.0.0.1", PORT)
-                               for columns in client_widths]
-        for name, person in zip(("alice", "bob"), people):
+        for name, columns in zip(("alice", "bob"), client_widths):
+            person = start(columns, "client.py", "127.0.0.1", PORT)
             shows(person, "Your name:")
             person.types(f"{name}\r")
             shows(person, "Welcome")
+        alice, bob = people = terminals[1:]
         say(alice, "hi bob", people)
         say(bob, "hello, alice", people)
         alice.types("Did you find the b")            # half a line, while bob goes on

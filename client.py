@@ -6,8 +6,8 @@
 
 The main thread waits for a line to be typed, and sends it. The reader thread waits for lines from
 the server, and shows them. Each has its own part of the screen: you type in the bottom rows, the
-conversation scrolls above them. Nothing can wake input() on every system; so when the connection
-has ended, no thread wakes the other: the reader thread itself ends the whole process.
+conversation scrolls above them. Nothing can wake input() on every system; so neither thread wakes
+the other: when the connection has ended, the reader thread ends the whole process.
 
 /who        who is in this room?
 /rooms      which rooms are there?
@@ -30,8 +30,8 @@ try:
     import termios                       # reads and sets the modes of the terminal, such as echo
 except ImportError:                      # Windows, where the console edits lines itself
     readline = termios = None
-MAX_WAITING = 64 * 1024                  # bytes in the kernel, each way; or in a line to show
-POLL_SECONDS = 0.5                       # Windows notices Ctrl-C only between two waits
+MAX_WAITING = 64 * 1024                  # bytes in each kernel buffer, and in a line shown
+POLL_SECONDS = 0.5                       # Windows notices Ctrl-C only between waits
 CONNECT_SECONDS = 10                     # how long to wait for a connection
 INPUT_ROWS = 3                           # at the bottom of the screen, for what is being typed
 # Socket options: buffer sizes, and when TCP gives up on a vanished machine. See server.py.
@@ -45,14 +45,14 @@ COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]   # of 256: legible on wh
 
 class Chat:
     """The conversation. The main thread runs `run`, the reader thread `read`."""
-    # What the two share needs no lock. Only main sends on the socket, only the reader receives. The
-    # queue has a lock of its own. The reader assigns `name`, main `goodbye`; the other only reads.
+    # What the two share needs no lock: only main sends on the socket, only the reader receives; the
+    # queue has its own lock; only the reader sets `name`, only main sets `goodbye`.
     def __init__(self, sock, screen):
         self.sock = sock
         self.screen = screen
-        self.answers = queue.Queue(1)        # the answer to JOIN: "" for WELCOME, or why it failed
+        self.answers = queue.Queue(1)        # what came of JOIN: "" for WELCOME, or the ERROR
         self.name = ""                       # our name, as the last WELCOME said
-        self.goodbye = ""                    # the last line on the screen, if it is we who leave
+        self.goodbye = ""                    # the last line to show, if it is we who leave
 
     def run(self, name, room):
         """Join, send what is typed, leave. Does not return: see Screen.end."""
@@ -66,20 +66,20 @@ class Chat:
             self.goodbye = "you have left"
             with contextlib.suppress(OSError):
                 self.send("LEAVE")
-            while True:                      # until the reader thread has read BYE
+            while True:                      # the reader ends the process at BYE: see hear
                 reader.join(POLL_SECONDS)
         except KeyboardInterrupt:
             self.screen.end(0, "you have left")
 
     def enter(self, name, room):
-        """Join under `name`, or else under what is typed, until the server accepts it."""
+        """Join under `name`, or a name that is typed, until the server accepts one."""
         while not self.name:
             if name is None and self.screen.interactive:
                 name = self.screen.ask("Your name: ")
             name = "_".join((name or "").split())    # a second word would be a room
             why = self.join(name, room)
-            if self.name and room and not name:      # JOIN takes no room without a name, so go
-                self.join(self.name, room)           # there under the one that the server chose
+            if self.name and room and not name:      # JOIN takes no room without a name: so go
+                self.join(self.name, room)           # there now, by the name the server chose
             if why and not self.screen.interactive:
                 self.screen.end(1, f"{why}; start again with another --name or --room")
             name = None
@@ -100,20 +100,20 @@ class Chat:
             else:
                 if command != "/help":
                     self.screen.show(f"* unknown command or wrong arguments: {line}; the commands:")
-                self.screen.show((__doc__ or "").split("\n\n")[-1].strip())     # see above
+                self.screen.show((__doc__ or "").split("\n\n")[-1].strip())     # from the top
 
     def say(self, text):
-        """Send `text` as MSG; as several, cut between characters, if it is too long for one."""
+        """Send `text` as MSG; if too long, as several, never cutting a character in two."""
         data = text.encode("utf-8", "replace")
         while data.strip():
             piece = data[:1024 - len("MSG ")].decode("utf-8", "ignore")      # no half character
             self.send(f"MSG {piece}")
-            if self.screen.rows():           # elsewhere the typed line stays visible
+            if self.screen.rows():           # otherwise the typed line stays visible
                 self.hear(f"MSG {self.name} {piece}")
             data = data[len(piece.encode()):]
 
     def join(self, name, room=None):
-        """Send JOIN, wait for the answer, and return why it was refused (str), or an empty str."""
+        """Send JOIN, wait for the answer; return why it was refused (str, empty if it was not)."""
         self.send(f"JOIN {name} {room or ''}".rstrip() if name else "JOIN")
         while True:
             with contextlib.suppress(queue.Empty):
@@ -161,30 +161,30 @@ class Chat:
         notice = self.screen.styled(notices.get(verb, f"? {line}"))
         self.screen.show(message if verb == "MSG" else notice)
         if verb in ("WELCOME", "ERROR"):
-            with contextlib.suppress(queue.Full):            # nobody has asked
+            with contextlib.suppress(queue.Full):            # nobody waits
                 self.answers.put_nowait(rest if verb == "ERROR" else "")
 
 
 class Screen:
     """The terminal. You type in the rows at the bottom; above them the conversation scrolls."""
-    # What edits the typed line (readline, the Windows console) never learns of a message, since a
-    # message leaves its rows and its cursor as they are.
+    # Whatever edits the typed line (readline, the Windows console) never notices a message: it
+    # leaves those rows and the cursor as they were.
     def __init__(self):
         for name in ("stdin", "stdout", "stderr"):           # None: closed by whoever started us
             setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))
         self.interactive = sys.stdin.isatty()
-        console = self.interactive and sys.stdin is sys.__stdin__    # IDLE has a stdin of its own
+        console = self.interactive and sys.stdin is sys.__stdin__    # IDLE replaces stdin
         self.modes = termios.tcgetattr(sys.stdin) if termios and console else None
         self.divided = (console and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-                        and os.system("") == 0)      # which makes Windows obey escape codes
+                        and os.system("") == 0)      # on Windows, turns escape codes on
         with contextlib.suppress(AttributeError, OSError):   # what IDLE or Windows lacks
             sys.stdin.reconfigure(errors="replace")
             sys.stdout.reconfigure(errors="replace")
             os.set_blocking(sys.stdout.fileno(), True)
             print("\n" * INPUT_ROWS if self.rows() else "", end="", flush=True)      # make room
-            readline.parse_and_bind("set horizontal-scroll-mode on")     # no long line wraps (GNU)
+            readline.parse_and_bind("set horizontal-scroll-mode on")     # long lines do not wrap
             readline.parse_and_bind("bind ^L ed-redisplay" if "libedit" in readline.__doc__
-                                    else "Control-l: redraw-current-line")   # do not clear the rest
+                                    else "Control-l: redraw-current-line")   # keep the rest
 
     def rows(self):
         """Return how many rows the conversation has; 0 where the screen cannot be divided."""
@@ -200,9 +200,9 @@ class Screen:
         rows = self.rows()
         if not rows:
             return print(text, flush=True)
-        # Save the cursor (ESC 7). Let only the conversation scroll (CSI 1;n r), and in its last row
-        # (CSI n H) begin a new one. Let all rows scroll again (CSI r). Restore the cursor (ESC 8).
-        # One write does it all: stream and terminal have a lock each, so nothing comes in between.
+        # Save the cursor (ESC 7); let only the conversation scroll (CSI 1;n r); go to its last row
+        # (CSI n H), where "\n" scrolls it; undo that (CSI r); restore the cursor (ESC 8). All in
+        # one write: the stream and the terminal have a lock each, so nothing gets in between.
         text = f"\0337\033[1;{rows}r\033[{rows}H\n{text}\033[r\0338".replace("\n", "\r\n")
         sys.stdout.buffer.write(text.encode(sys.stdout.encoding, "replace"))
         return sys.stdout.buffer.flush()
@@ -213,14 +213,14 @@ class Screen:
         return input(prompt if self.interactive else "").replace("\n", " ").translate(SAFE_TEXT)
 
     def styled(self, text, style="2"):
-        """Return `text` with the codes for a style (dimmed by default), where they are wanted."""
+        """Return `text` with codes for a style (dim by default), if the screen wants them."""
         wanted = self.divided and "NO_COLOR" not in os.environ
         return f"\033[{style}m{text}\033[0m" if wanted else text
 
     def end(self, status, reason):
         """Say why, give the terminal back, and end the process, whatever its threads are doing."""
         try:
-            threading.Timer(1, os._exit, [status]).start()   # in case nobody takes our output
+            threading.Timer(1, os._exit, [status]).start()   # in case the output is stuck
             print(self.bottom(), end="", flush=True)
             line = f"client.py: {reason}" if status else self.styled(f"* {reason}")
             print(line, file=sys.stderr if status else sys.stdout, flush=True)
@@ -231,7 +231,7 @@ class Screen:
 
 
 def connect(host, port):
-    """Return a connected socket; end the process with status 1 where that is not possible."""
+    """Return a connected socket; if that is impossible, exit with status 1."""
     try:
         sock = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
     except (OSError, UnicodeError) as error:         # UnicodeError: not even a host name
@@ -240,7 +240,7 @@ def connect(host, port):
     sock.settimeout(None)
     for name, value in SOCKOPTS.items():
         level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
-        with contextlib.suppress(AttributeError, OSError):   # no such name here; or it is refused
+        with contextlib.suppress(AttributeError, OSError):   # unknown here, or refused
             sock.setsockopt(level, getattr(socket, name), value)
     return sock
 
@@ -252,7 +252,7 @@ def is_name(word):
 
 
 def main():
-    """Run the client. Exit status: 0 after leaving or BYE, 1 without a connection or a name."""
+    """Run the client. Exit status: 0 after leaving, or BYE once joined; 1 if it failed."""
     parser = argparse.ArgumentParser(description="A chatroom client. Type /help for its commands.")
     parser.add_argument("host", help="address of the server, 127.0.0.1 for this machine")
     parser.add_argument("port", type=int, help="the server's port")

@@ -3,7 +3,7 @@
 
     python server.py 12345                 in one terminal
     python client.py 127.0.0.1 12345       in another, and in one more
-    nc 127.0.0.1 12345                     works as a client, too: type `join ann`, `msg hi`
+    nc 127.0.0.1 12345                     works as a client too: type `join ann`, `msg hi`
 
 The main thread accepts connections and starts a thread for each. That thread receives the client's
 requests, one per line, and carries them out under the one lock: it changes the rooms, and sends
@@ -24,17 +24,16 @@ import time
 import unicodedata
 
 POLL_SECONDS = 0.5           # how long a thread waits before it checks whether to stop
-JOIN_SECONDS = 300           # a client that has not joined by then is disconnected
+JOIN_SECONDS = 300           # a client that takes longer to join is disconnected
 FAREWELL_SECONDS = 1.5       # how long a client may go on sending after its BYE
 MAX_REQUEST = 1024           # bytes in a request, its line ending not counted
 MAX_NAME = 20                # characters in the name of a person or a room
 REQUEST_BYTES = 100          # at --rate a request counts as at least so many bytes
-CHUNK = 4096                 # bytes that one recv returns at most
 SEND_BUFFER = 256 * 1024     # bytes that may wait in the kernel for a client that reads slowly
 RECEIVE_BUFFER = 64 * 1024   # bytes from a client that may wait there to be received
 BACKLOG = 1024               # connections that may wait for accept; with 128, 500 at once take 3 s
-# A client's socket. TCP gives up on a silent one: after 20 s it asks whether it is still there (on
-# macOS KEEPALIVE, not KEEPIDLE), four times, 5 s apart; or when for 30,000 ms it has taken nothing.
+# A client's socket. TCP gives up when a machine is silent for 20 s and ignores four probes sent 5 s
+# apart (macOS says KEEPALIVE, not KEEPIDLE), or when it has accepted no data for 30,000 ms.
 SOCKOPTS = {"SO_SNDBUF": SEND_BUFFER, "TCP_NODELAY": 1, "SO_KEEPALIVE": 1, "TCP_KEEPCNT": 4,
             "TCP_KEEPIDLE": 20, "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_USER_TIMEOUT": 30_000}
 # What must never reach a terminal: control characters (C0, DEL, C1), separators of lines and
@@ -47,17 +46,17 @@ options = argparse.Namespace()           # the command line; set before the firs
 # ---- What the threads share, and why that is safe ------------------------------------------------
 rooms = []                               # oldest first; empty rooms are removed
 rooms_lock = threading.Lock()            # in C: a pthread_mutex_t
-closing = False                          # set by Ctrl-C and other signals: see stop
+closing = False                          # set by stop, at Ctrl-C and other signals
 
 # 1. A thread holds the lock while it changes `rooms` or a room, acts on what it has read there, or
 #    sends. So two clients cannot both find a name free, or both create the same room; all members
 #    see the same order; lines on a socket are never interleaved.
 # 2. A thread that holds the lock does not wait: it neither receives nor sleeps, and a send that
 #    would have to wait fails instead. So nobody waits long for the lock.
-# 3. Only a client's own thread receives from it, changes its name and room, says BYE and, when the
-#    client is in no room any more, closes its socket. So whoever is in a room can be sent to.
+# 3. Only a client's own thread receives from it, changes its name and room, says BYE and closes its
+#    socket, once it is in no room. So the socket of whoever is in a room is still open.
 # 4. `closing`, and the `reason` why a client is disconnected, are set but never cleared. They are
-#    read without the lock: a thread that reads one too early looks again half a second later.
+#    read without the lock: a thread that reads one too early sees it half a second later.
 
 
 class Room:
@@ -84,7 +83,7 @@ class Room:
         if not self.members:
             rooms.remove(self)
             log.info("room %s deleted", self.name)
-        elif not closing:                # when the server closes nobody needs to hear of the others
+        elif not closing:                # when the server closes, nobody needs to be told
             self.broadcast(f"LEFT {client.name}\n".encode(), client)
 
     def broadcast(self, lines, sender):
@@ -97,9 +96,9 @@ class Room:
 class Client:
     """A connection: its sockets, name and room. Other clients' threads call only `send`."""
     def __init__(self, sock):
-        # Two socket objects with one descriptor, since an object has one timeout for both ways:
-        # `recv` on `sock` waits half a second at most, `send` on `sender` never waits. Only `sock`
-        # closes the descriptor; before that, `sender` lets go of it (detach).
+        # Two objects for one descriptor, since an object has one timeout for both ways: `recv` on
+        # `sock` waits half a second at most, `send` on `sender` never. Only `sock` closes it;
+        # `sender` merely forgets it (detach), and then every send on it fails.
         self.sock = sock
         self.sender = socket.socket(sock.family, sock.type, fileno=sock.fileno())
         self.sock.settimeout(POLL_SECONDS)
@@ -108,7 +107,7 @@ class Client:
         self.room = None                 # the Room that it is a member of
         self.reason = None               # why it is disconnected; None as long as it stays
         self.unfinished = b""            # the beginning of a request whose end has not come yet
-        self.resume = 0                  # when to receive again (a time), see --rate
+        self.resume = 0                  # the time to receive again, see --rate
 
     def serve(self):
         """Serve the client until there is a reason to stop. Runs in the client's own thread."""
@@ -127,8 +126,8 @@ class Client:
         except Exception:                # a mistake in this program ends only this client
             self.reason = "an error in the server"
             log.exception(self.reason)
-        with contextlib.closing(self):   # the one way out, whatever the reason. It calls close,
-            self.carry_out("LEAVE", [])  # even if there is a mistake in carry_out
+        with contextlib.closing(self):   # the one way out, whatever the reason; at its end it calls
+            self.carry_out("LEAVE", [])  # self.close(), even if this fails
 
     def receive(self):
         """Receive what comes within half a second; carry out the requests that are complete."""
@@ -139,13 +138,13 @@ class Client:
                 self.reason = f"connection lost: {error.strerror}"
             return
         log.debug("recv %r", data)
-        if not data:                     # b"" means that the client has closed its side, not that
-            self.reason = "end of file"  # nothing has come yet (that is the timeout)
+        if not data:                     # b"" means that the client has closed its side; as long as
+            self.reason = "end of file"  # nothing has come, recv times out
         # TCP delivers a stream of bytes, without message boundaries: so cut at newlines. Of a line
-        # that does not end, keep just enough to see that it is too long.
+        # without an end, keep just enough to see that it is too long.
         *lines, unfinished = (self.unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
         self.unfinished = unfinished[:MAX_REQUEST + 2]
-        # Successive requests with the same verb form a group: many messages in one send are faster.
+        # Successive requests with one verb form a group: many messages then go out in one send.
         for verb, group in itertools.groupby(map(parse, lines), key=lambda request: request[0]):
             if verb == "LEAVE":          # serve carries it out
                 self.reason = "you said LEAVE"
@@ -193,7 +192,8 @@ class Client:
         if len(words) > 2 or not all(map(is_name, words)):
             return f"ERROR JOIN [name [room]]; a name is 1 to {MAX_NAME} letters, digits, _ or -"
         used = {m.name.casefold() for room in rooms for m in room.members} - {self.name.casefold()}
-        name = words[0] if words else min({f"guest{n}" for n in range(1, len(used) + 2)} - used)
+        guests = (f"guest{number}" for number in itertools.count(1))
+        name = words[0] if words else next(guest for guest in guests if guest not in used)
         if name.casefold() in used:
             return f"ERROR the name {name} is taken"
         room = find_room(words[1]) if len(words) == 2 else (self.room or find_room())
@@ -214,16 +214,16 @@ class Client:
         try:
             if self.sender.send(lines) < len(lines):
                 raise BlockingIOError    # only part of it was sent, so nothing may follow
-        except OSError as error:         # its own thread finds the reason within half a second
+        except OSError as error:         # its own thread sees `reason` within half a second
             full = isinstance(error, BlockingIOError)
             self.reason = self.reason or ("dropped: not reading" if full else "connection lost")
-            self.sender.detach()         # without a descriptor every later send fails
+            self.sender.detach()         # from now on every send fails
 
     def close(self):
-        """Read on until the client hangs up, is silent, or FAREWELL_SECONDS are over; close."""
-        # Closing with input unread makes TCP send a reset, which can make the client lose its BYE.
+        """Read on until the client hangs up, falls silent or runs out of time; then close."""
+        # Closing with input unread makes TCP send a reset, which can cost the client its BYE.
         end = time.monotonic() + FAREWELL_SECONDS
-        with contextlib.suppress(OSError):       # a reset; or our timeout: all has been read
+        with contextlib.suppress(OSError):       # a reset; or our timeout: no more came
             self.sock.shutdown(socket.SHUT_WR)
             while self.sock.recv(RECEIVE_BUFFER) and time.monotonic() < end:
                 time.sleep(0.01)         # a client that goes on sending must not make this spin
@@ -242,7 +242,7 @@ def find_room(name=None):
 
 def accept_clients(listener):
     """Start a thread for each client that connects; return the threads when the server closes."""
-    threads, number = {}, 0              # each client's thread; how many clients so far
+    threads, number = {}, 0              # the thread of each client; clients so far
     while not closing:
         try:
             sock, address = listener.accept()        # on macOS address can be None
@@ -253,7 +253,7 @@ def accept_clients(listener):
             continue
         set_options(sock)
         client, number = Client(sock), number + 1
-        threads = {other: threads[other] for other in threads if threads[other].is_alive()}
+        threads = {other: thread for other, thread in threads.items() if thread.is_alive()}
         if sum(not other.reason for other in threads) >= options.max_clients:
             client.reason = f"the server is full (at most {options.max_clients} clients)"
         thread = threading.Thread(target=client.serve, name=f"client-{number}", daemon=True)
@@ -285,7 +285,7 @@ def set_options(sock):
     """Set SOCKOPTS as far as this system knows them (man 7 tcp, man 7 socket)."""
     for name, value in SOCKOPTS.items():
         level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
-        with contextlib.suppress(AttributeError, OSError):   # no such name; or it is refused
+        with contextlib.suppress(AttributeError, OSError):   # unknown here, or refused
             sock.setsockopt(level, getattr(socket, name), value)
 
 
@@ -293,13 +293,13 @@ def listen(host, port):
     """Return a listening socket (in C: socket, setsockopt, bind, listen). Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)     # clients' too
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)     # inherited
     listener.settimeout(POLL_SECONDS)
     return listener
 
 
 def stop(signum, _frame):
-    """Note that the server is to be closed; a second Ctrl-C ends the process at once."""
+    """Make the server close; a second Ctrl-C ends the process at once."""
     global closing
     closing = True                       # nothing else: a handler that took a lock could hang
     if signum == signal.SIGINT:
@@ -307,7 +307,7 @@ def stop(signum, _frame):
 
 
 def hint(family, host, port):
-    """Return how clients on other machines connect to a server that listens there (str)."""
+    """Return how clients on other machines can connect to this server (str)."""
     if host.startswith("127.") or host == "::1":
         return "(this machine only; --host 0.0.0.0 opens it to the classroom)"
     if host in ("0.0.0.0", "::"):        # all addresses of this machine: which one do others see?
@@ -319,7 +319,7 @@ def hint(family, host, port):
 
 
 def parse_arguments():
-    """Fill `options` from the command line; status 2 and a usage line if it makes no sense."""
+    """Fill `options` from the command line; if it is invalid, exit with usage and status 2."""
     parser = argparse.ArgumentParser(description="A chatroom server: a thread for each client.")
     parser.add_argument("port", type=int, help="TCP port to listen on; 0: the system picks one")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: open to the network")
@@ -332,23 +332,23 @@ def parse_arguments():
     if not (options.port in range(65536) and options.max_clients > 0 and options.rate >= 0
             and options.name and options.host and options.host.isascii()):
         parser.error("port: 0 to 65535; --max-clients: 1 or more; --rate: 0 or more; no empty name")
-    options.rate = options.rate or 10 ** 12      # which nobody reaches
-    options.chunk = min(CHUNK, options.rate // 32 + 1)       # small pieces: short rests
+    options.rate = options.rate or 10 ** 12      # in effect no limit
+    options.chunk = min(4096, options.rate // 32 + 1)        # bytes; small pieces make short rests
 
 
 def main():
-    """Run the server. Exit status: 0 when it was closed, 1 when it cannot listen."""
+    """Run the server. Exit status: 0 after closing, 1 if it cannot listen."""
     threading.current_thread().name = "main"
     parse_arguments()
-    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"} & set(dir(signal)):  # those there are
+    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"} & set(dir(signal)):  # if it exists
         signal.signal(getattr(signal, name), stop)
     try:
         listener = listen(options.host, options.port)
     except OSError as error:
         sys.exit(f"server.py: cannot listen on {options.host}:{options.port}: "
                  f"{error.strerror.partition(' (')[0]}; try another port, or another --host")
-    lines = queue.SimpleQueue()          # a thread of its own writes the log: nobody else has to
-    logging.basicConfig(level=logging.DEBUG if options.trace else logging.INFO,  # wait if it stalls
+    lines = queue.SimpleQueue()          # the log has its own thread: if the terminal stalls,
+    logging.basicConfig(level=logging.DEBUG if options.trace else logging.INFO,  # only that waits
                         format="%(asctime)s %(threadName)-9s %(message)s", datefmt="%H:%M:%S",
                         handlers=[logging.handlers.QueueHandler(lines)])
     writer = logging.handlers.QueueListener(lines, logging.StreamHandler())
@@ -361,8 +361,8 @@ def main():
     while any(thread.is_alive() for thread in threads):      # each says BYE: see Client.serve
         time.sleep(0.05)
     log.info("closed")
-    threading.Timer(0.7, os._exit, [0]).start()  # the terminal may be stalled, or gone; otherwise
-    writer.stop()                                # what is left of the log is written first
+    threading.Timer(0.7, os._exit, [0]).start()  # in case the terminal is stalled, or gone;
+    writer.stop()                                # otherwise the rest of the log is written
     os._exit(0)
 
 

@@ -23,6 +23,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 import traceback
 import unicodedata
 try:
@@ -56,8 +57,7 @@ class Chat:
 
     def run(self, name, room):
         """Join, send what is typed, leave. Does not return: see Screen.end."""
-        reader = threading.Thread(target=self.read, name="reader", daemon=True)
-        reader.start()
+        threading.Thread(target=self.read, name="reader", daemon=True).start()
         try:
             # EOFError: Ctrl-D, or a script's end. OSError: terminal, output or connection is gone.
             with contextlib.suppress(EOFError, OSError):
@@ -67,7 +67,7 @@ class Chat:
             with contextlib.suppress(OSError):
                 self.send("LEAVE")
             while True:                      # the reader ends the process at BYE: see hear
-                reader.join(POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             self.screen.end(0, "you have left")
 

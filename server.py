@@ -333,7 +333,7 @@ def parse_arguments():
             and options.name and options.host and options.host.isascii()):
         parser.error("port: 0 to 65535; --max-clients: 1 or more; --rate: 0 or more; no empty name")
     options.rate = options.rate or 10 ** 12      # in effect no limit
-    options.chunk = min(4096, options.rate // 32 + 1)        # bytes; small pieces make short rests
+    options.chunk = min(4096, options.rate // 64 + 1)        # bytes; small pieces make short rests
 
 
 def main():

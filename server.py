@@ -261,7 +261,7 @@ def accept_clients(listener):
         try:
             thread.start()               # in C: pthread_create
             threads[client] = thread
-        except RuntimeError as error:    # the system has no thread left
+        except RuntimeError as error:    # it has no thread: so this one closes its socket
             log.warning("thread ends: %s", error)
             client.sender.detach()
             sock.close()

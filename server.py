@@ -3,19 +3,27 @@
 
     python server.py 12345                 in one terminal
     python client.py 127.0.0.1 12345       in another, and in one more
-    nc 127.0.0.1 12345                     works as a client too: type `join ann`, `msg hi`
+    nc 127.0.0.1 12345                     works as a client, too: type `join ann`, `msg hi`
+
+Client and server send each other lines of text. The first word of a line is its verb:
+
+    a client sends                                the server sends
+    JOIN [name [room]]   enter a room             WELCOME room name text   you are in it
+    MSG text             say it to the others     MSG name text            somebody says it
+    WHO                  who is in my room?       WHO name name ...
+    ROOMS                which rooms are there?   ROOMS room=count room=count ...
+    LEAVE                leave, and hang up       JOINED name, LEFT name   others come and go
+                                                  ERROR text, BYE text     refused; why I hang up
 
 The main thread accepts connections and starts a thread for each. That thread receives the client's
-requests, one per line, and carries them out under the one lock: it changes the rooms, and sends
-what the client says to the others in its room. One more thread writes the log. To stop, no thread
-wakes another: a wait on a socket ends after half a second, and its thread then checks `closing`.
+requests and carries them out. One more thread writes the log. No thread has to be woken to stop:
+one that waits on a socket gives up after half a second, checks whether to stop, and waits again.
 """
 import argparse
-import contextlib
-import itertools
-import logging.handlers
+import logging.handlers            # and logging
 import os
 import queue
+import re
 import signal
 import socket
 import sys
@@ -23,40 +31,33 @@ import threading
 import time
 import unicodedata
 
-POLL_SECONDS = 0.5           # how long a thread waits before it checks whether to stop
+POLL_SECONDS = 0.5           # how long a thread waits on a socket before it checks whether to stop
 JOIN_SECONDS = 300           # a client that takes longer to join is disconnected
-FAREWELL_SECONDS = 1.5       # how long a client may go on sending after its BYE
+MOVE_SECONDS = 1             # a client in a room can rename itself or move once in this time
+FLOOD_SECONDS = 60           # a client that floods this long without a pause is disconnected
+FAREWELL_SECONDS = 1         # how long a client may go on sending after its BYE
+ACCEPT_SECONDS = 0.007       # between two accepts: so there are at most 140 connections a second
 MAX_REQUEST = 1024           # bytes in a request, its line ending not counted
 MAX_NAME = 20                # characters in the name of a person or a room
-REQUEST_BYTES = 100          # at --rate a request counts as at least so many bytes
-SEND_BUFFER = 256 * 1024     # bytes that may wait in the kernel for a client that reads slowly
-RECEIVE_BUFFER = 64 * 1024   # bytes from a client that may wait there to be received
-BACKLOG = 1024               # connections that may wait for accept; with 128, 500 at once take 3 s
-# A client's socket. TCP gives up when a machine is silent for 20 s and ignores four probes sent 5 s
-# apart (macOS says KEEPALIVE, not KEEPIDLE), or when it has accepted no data for 30,000 ms.
-SOCKOPTS = {"SO_SNDBUF": SEND_BUFFER, "TCP_NODELAY": 1, "SO_KEEPALIVE": 1, "TCP_KEEPCNT": 4,
-            "TCP_KEEPIDLE": 20, "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_USER_TIMEOUT": 30_000}
-# What must never reach a terminal: control characters (C0, DEL, C1), separators of lines and
-# paragraphs, and controls that override the direction of text. A tab becomes a space.
-UNSAFE = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
-SAFE_TEXT = {**dict.fromkeys(UNSAFE, "\ufffd"), ord("\t"): " "}
+RECEIVE_BUFFER = 64 * 1024   # bytes from a client that may wait in the kernel to be received
+SEND_BUFFER = 256 * 1024     # bytes that may wait there for a client that reads slowly
+BACKLOG = 1024               # connections that may wait for accept
+AT_THE_DOOR = 10             # clients above --max-clients that are accepted, to be turned away
 log = logging.getLogger("chat")
 options = argparse.Namespace()           # the command line; set before the first thread starts
 
 # ---- What the threads share, and why that is safe ------------------------------------------------
 rooms = []                               # oldest first; empty rooms are removed
 rooms_lock = threading.Lock()            # in C: a pthread_mutex_t
-closing = False                          # set by stop, at Ctrl-C and other signals
+closing = False                          # becomes True at Ctrl-C, and stays True
 
-# 1. A thread holds the lock while it changes `rooms` or a room, acts on what it has read there, or
-#    sends. So two clients cannot both find a name free, or both create the same room; all members
-#    see the same order; lines on a socket are never interleaved.
-# 2. A thread that holds the lock does not wait: it neither receives nor sleeps, and a send that
-#    would have to wait fails instead. So nobody waits long for the lock.
-# 3. Only a client's own thread receives from it, changes its name and room, says BYE and closes its
-#    socket, once it is in no room. So the socket of whoever is in a room is still open.
-# 4. `closing`, and the `reason` why a client is disconnected, are set but never cleared. They are
-#    read without the lock: a thread that reads one too early sees it half a second later.
+# 1. A thread holds the lock while it uses `rooms` or a room, and while it sends. So no name is
+#    given twice, no room is created twice, and all in a room get the same lines in the same order.
+# 2. A thread that holds the lock never waits for a client. So nobody waits long for the lock.
+# 3. A client's own thread closes the client's socket, and only after the client has left its room.
+#    So whoever is found in a room can be sent to. Only this thread changes the client's name, too.
+# 4. Two things that others set are read without the lock: `closing`, and a client's `reason` to be
+#    disconnected. Once set they stay set: a thread that has just missed it sees it the next time.
 
 
 class Room:
@@ -64,229 +65,305 @@ class Room:
     def __init__(self, name):
         self.name = name
         self.members = []
-        rooms.append(self)
-        log.info("room %s created", name)
 
-    def enter(self, client):
-        """Add `client`, and tell the others."""
-        if client.room is not self:      # otherwise it has only changed its name
-            self.members.append(client)
-            client.room = self
+    def add(self, client):
+        """Make `client` a member. The first one puts the room on the list."""
+        if not self.members:
+            rooms.append(self)
+            log.info("room %s created", self.name)
+        self.members.append(client)
         log.info("%s joined %s", client.name, self.name)
-        self.broadcast(f"JOINED {client.name}\n".encode(), client)
 
-    def leave(self, client):
-        """Remove `client`, and tell the others. The last member deletes the room."""
+    def remove(self, client):
+        """Take `client` out. The last one takes the room off the list."""
         self.members.remove(client)
-        client.room = None
         log.info("%s left %s", client.name, self.name)
         if not self.members:
             rooms.remove(self)
             log.info("room %s deleted", self.name)
-        elif not closing:                # when the server closes, nobody needs to be told
-            self.broadcast(f"LEFT {client.name}\n".encode(), client)
-
-    def broadcast(self, lines, sender):
-        """Send `lines` (bytes) to every member but the sender."""
-        for member in self.members:
-            if member is not sender:
-                member.send(lines)
 
 
 class Client:
-    """A connection: its sockets, name and room. Other clients' threads call only `send`."""
-    def __init__(self, sock):
-        # Two objects for one descriptor, since an object has one timeout for both ways: `recv` on
-        # `sock` waits half a second at most, `send` on `sender` never. Only `sock` closes it;
-        # `sender` merely forgets it (detach), and then every send on it fails.
+    """A connection, its name and room. Other clients' threads call `send` and `disconnect`."""
+    def __init__(self, sock, thread_name):
+        # `recv` may wait half a second, `send` must not wait at all. In Python a timeout belongs to
+        # the socket object, and holds for both: so there are two objects, with a descriptor each
+        # (in C: dup). For the system both are non-blocking; it is Python that waits before recv.
         self.sock = sock
-        self.sender = socket.socket(sock.family, sock.type, fileno=sock.fileno())
         self.sock.settimeout(POLL_SECONDS)
-        self.sender.setblocking(False)
+        self.send_sock = sock.dup()
+        self.send_sock.setblocking(False)
+        self.thread = threading.Thread(target=self.serve, name=thread_name, daemon=True)
         self.name = "(no name yet)"
         self.room = None                 # the Room that it is a member of
         self.reason = None               # why it is disconnected; None as long as it stays
         self.unfinished = b""            # the beginning of a request whose end has not come yet
-        self.resume = 0                  # the time to receive again, see --rate
+        self.moved = 0                   # when it last renamed itself or moved
+        self.flooding = 0                # seconds that `rest` has held it back without a pause
 
     def serve(self):
-        """Serve the client until there is a reason to stop. Runs in the client's own thread."""
+        """Serve the client from beginning to end. Runs in the client's own thread."""
+        # The one way out, whatever the reason. A mistake in this program, or a sys.exit, ends only
+        # the client whose request met it; the next step is taken all the same.
+        for step in (self.converse, self.leave, self.close):
+            try:
+                step()
+            except BaseException:
+                log.exception("an error in the server")
+                self.disconnect("an error in the server")
+
+    def converse(self):
+        """Receive and carry out requests until there is a reason to disconnect the client."""
         join_by = time.monotonic() + JOIN_SECONDS
-        try:
-            while not self.reason:
-                now = time.monotonic()
-                if closing:
-                    self.reason = "the server is closing"
-                elif not self.room and now > join_by:
-                    self.reason = f"no JOIN within {JOIN_SECONDS} seconds"
-                elif now < self.resume:  # it sent faster than --rate; now TCP makes it wait
-                    time.sleep(min(POLL_SECONDS, self.resume - now))
-                else:
-                    self.receive()
-        except Exception:                # a mistake in this program ends only this client
-            self.reason = "an error in the server"
-            log.exception(self.reason)
-        with contextlib.closing(self):   # the one way out, whatever the reason; at its end it calls
-            self.carry_out("LEAVE", [])  # self.close(), even if this fails
+        while not self.reason:
+            if closing:
+                self.disconnect("the server is closing")
+            elif not self.room and time.monotonic() > join_by:
+                self.disconnect(f"no JOIN within {JOIN_SECONDS} seconds")
+            else:
+                self.receive()
 
     def receive(self):
         """Receive what comes within half a second; carry out the requests that are complete."""
         try:
-            data = self.sock.recv(options.chunk)
-        except OSError as error:         # no errno: only our timeout, nothing has come
-            if error.errno:
-                self.reason = f"connection lost: {error.strerror}"
+            data = self.sock.recv(options.piece)
+        except OSError as error:
+            self.flooding = 0
+            if error.errno:              # otherwise it is just our timeout: nothing has come
+                self.disconnect(f"connection lost: {error.strerror}")
             return
         log.debug("recv %r", data)
-        if not data:                     # b"" means that the client has closed its side; as long as
-            self.reason = "end of file"  # nothing has come, recv times out
-        # TCP delivers a stream of bytes, without message boundaries: so cut at newlines. Of a line
-        # without an end, keep just enough to see that it is too long.
-        *lines, unfinished = (self.unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
-        self.unfinished = unfinished[:MAX_REQUEST + 2]
-        # Successive requests with one verb form a group: many messages then go out in one send.
-        for verb, group in itertools.groupby(map(parse, lines), key=lambda request: request[0]):
-            if verb == "LEAVE":          # serve carries it out
-                self.reason = "you said LEAVE"
-            elif verb and not self.reason:
-                self.carry_out(verb, [text for _, text in group])
-        requests = len(lines) - lines.count(b"")             # an empty line is not one
-        self.resume = time.monotonic() + max(len(data), REQUEST_BYTES * requests) / options.rate
+        if data == b"":                  # the client has closed its side: nothing more will come
+            self.disconnect("end of file")
+            return
+        # TCP delivers a stream of bytes, without message boundaries: so cut it at the newlines. The
+        # last line has no end yet. Keep it; but if it is too long already, its end is not needed.
+        lines = (self.unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
+        self.unfinished = lines.pop()[:2 * MAX_REQUEST]
+        requests = [parse(line) for line in lines if line.strip()]
+        self.carry_out(requests)
+        if options.rate and not (closing or self.reason):
+            self.rest(max(len(data), 100 * len(requests)), len(data) == options.piece)
 
-    def carry_out(self, verb, texts):
-        """Carry out requests with the same verb: send lines to the others, or answers."""
+    def rest(self, cost, is_full):
+        """Sleep for as long as `cost` bytes take at --rate. If a piece is full, more may wait."""
+        # A request costs its length, but at least 100 bytes. At 8192 bytes a second a full piece of
+        # 81 bytes makes a rest of 10 ms, or half a second if it is full of tiny requests. Meanwhile
+        # what a flooder sends fills the kernel's buffers; then TCP makes the flooder wait.
+        seconds = cost / options.rate
+        time.sleep(seconds)
+        if is_full:
+            self.flooding += seconds
+        else:
+            self.flooding = 0
+        if self.flooding > FLOOD_SECONDS:
+            self.disconnect(f"sending too fast for {FLOOD_SECONDS} seconds")
+
+    def carry_out(self, requests):
+        """Carry out requests (verb, text) in their order, none after LEAVE or once closing."""
         log.debug("waits for the lock")
-        with rooms_lock:                 # for JOIN, all of this is one critical section: from the
-            log.debug("has the lock")    # check that the name is free to the sending of WELCOME
-            if verb == "MSG" and self.room:
-                lines = [f"MSG {self.name} {text}\n" for text in texts if text.strip()]
-                self.room.broadcast("".join(lines).encode(), self)
-            elif verb == "LEAVE":
-                self.send(f"BYE {self.reason}\n".encode())
-                if self.room:
-                    self.room.leave(self)
-            else:
-                for text in texts:
+        # For JOIN all of this is one critical section, from the check that the name is free to the
+        # sending of WELCOME: so no message from the new room can reach the client before WELCOME.
+        with rooms_lock:
+            log.debug("has the lock")    # this only fills a queue: see start_log
+            messages = ""                # those in a row leave in one send: five times as fast
+            for verb, text in requests:
+                if closing or self.reason:
+                    break
+                if verb == "MSG" and self.room:
+                    if text.strip():
+                        messages += f"MSG {self.name} {text}\n"
+                elif verb == "LEAVE":
+                    self.disconnect("you said LEAVE")
+                else:
+                    self.broadcast(self.room, messages)      # what came first goes first
+                    messages = ""
                     answer = self.answer(verb, text)
-                    if answer.startswith("ERROR "):
-                        log.info("refused: %s", answer[6:])
                     self.send(f"{answer}\n".encode())
+            self.broadcast(self.room, messages)
             log.debug("releases the lock")
 
     def answer(self, verb, text):
-        """Do what a request asks for, and return the answer (str). Needs the lock."""
+        """Do what a request asks for; return the answer (str). Needs the lock."""
         if verb == "JOIN":
-            return self.join(*unicodedata.normalize("NFC", text).split())
+            return self.join(text)
         if verb == "ROOMS":
-            return " ".join(["ROOMS", *(f"{room.name}={len(room.members)}" for room in rooms)])
+            return "ROOMS" + "".join(f" {room.name}={len(room.members)}" for room in rooms)
         if verb == "WHO" and self.room:
-            return " ".join(["WHO", *(member.name for member in self.room.members)])
+            return "WHO" + "".join(f" {member.name}" for member in self.room.members)
         if verb in ("MSG", "WHO"):
             return "ERROR join a room first: JOIN [name [room]]"
-        if verb == "TOO LONG":
+        if verb == "TOO LONG":           # not a verb, which has no space in it: see parse
             return f"ERROR a request is at most {MAX_REQUEST} bytes long"
         return "ERROR unknown request; use JOIN, MSG, WHO, ROOMS or LEAVE"
 
-    def join(self, *words):
-        """Enter a room, move or rename (words: name, room); return the answer. Needs the lock."""
-        if len(words) > 2 or not all(map(is_name, words)):
+    def join(self, text):
+        """Enter a room, move or rename (text: "name room"); return the answer. Needs the lock."""
+        words = unicodedata.normalize("NFC", text).split()   # é is one character, however typed
+        if len(words) > 2 or not all(is_name(word) for word in words):
             return f"ERROR JOIN [name [room]]; a name is 1 to {MAX_NAME} letters, digits, _ or -"
-        used = {m.name.casefold() for room in rooms for m in room.members} - {self.name.casefold()}
-        guests = (f"guest{number}" for number in itertools.count(1))
-        name = words[0] if words else next(guest for guest in guests if guest not in used)
-        if name.casefold() in used:
+        if self.room and options.rate and time.monotonic() < self.moved + MOVE_SECONDS:
+            return "ERROR you can rename yourself or move once a second; try again"
+        taken = set()                    # casefold: like lower, but for all scripts
+        for room in rooms:
+            taken.update(member.name.casefold() for member in room.members if member is not self)
+        number = 1
+        while f"guest{number}" in taken:
+            number += 1
+        name = words[0] if words else f"guest{number}"
+        if name.casefold() in taken:
             return f"ERROR the name {name} is taken"
         room = find_room(words[1]) if len(words) == 2 else (self.room or find_room())
         if (name, room) == (self.name, self.room):
             return f"ERROR you are already {name} in {room.name}"
-        if room is self.room:            # only a new name
-            room.broadcast(f"LEFT {self.name}\n".encode(), self)
-        elif self.room:
-            self.room.leave(self)
-        self.name = name
-        room.enter(self)
+        self.moved = time.monotonic() if self.room else 0    # the first JOIN does not count
+        self.move(name, room)
         return f"WELCOME {room.name} {name} Welcome to {options.name}, {name}!"
 
-    def send(self, lines):
-        """Send `lines` (bytes) without waiting, or note why that is impossible. Needs the lock."""
+    def move(self, name, room):
+        """Take `name`, and go from the old room to `room` (None: just leave). Needs the lock."""
+        old_name, old_room = self.name, self.room
+        if room is not old_room and old_room:
+            old_room.remove(self)
+        self.name, self.room = name, room
+        if room is not old_room and room:
+            room.add(self)
+        if room is old_room:
+            log.info("%s is now %s", old_name, name)
+        # To the others a new name is somebody new. They are told last: so even if an edit breaks
+        # `send`, no name stays taken and no room stays empty.
+        if not closing:                  # otherwise everybody leaves, and nobody needs to be told
+            self.broadcast(old_room, f"LEFT {old_name}\n")
+        self.broadcast(room, f"JOINED {name}\n")
+
+    def broadcast(self, room, lines):
+        """Send `lines` (str) to the others in `room`, if there are any. Needs the lock."""
+        if not room or not lines:
+            return
+        data = lines.encode()
+        for member in room.members:
+            if member is not self and not member.reason:     # those about to leave get no more
+                member.send(data)
+
+    def send(self, data):
+        """Send `data` (bytes) without waiting, or disconnect the client. Needs the lock."""
         if options.trace:                # without this `if` everything would be slower
-            log.debug("send %r to %s", lines, self.name)
+            log.debug("send %r to %s", data, self.name)
         try:
-            if self.sender.send(lines) < len(lines):
-                raise BlockingIOError    # only part of it was sent, so nothing may follow
-        except OSError as error:         # its own thread sees `reason` within half a second
-            full = isinstance(error, BlockingIOError)
-            self.reason = self.reason or ("dropped: not reading" if full else "connection lost")
-            self.sender.detach()         # from now on every send fails
+            sent = self.send_sock.send(data)
+        except OSError:                  # the send buffer is full, or the connection is lost
+            sent = 0                     # (in C, SIGPIPE; Python ignores that signal)
+        if sent < len(data):             # half a line may have been sent: so nothing may follow
+            self.disconnect("dropped: not reading, or gone")
+            self.send_sock.close()       # from now on every send fails, that of BYE, too
+
+    def disconnect(self, reason):
+        """Note why the client is to go. Its own thread sees that within half a second."""
+        self.reason = self.reason or reason              # the first reason stays
+
+    def leave(self):
+        """Say BYE to the client (unless it was dropped), and leave the room."""
+        with rooms_lock:
+            try:
+                self.send(f"BYE {self.reason}\n".encode())
+            finally:
+                if self.room:
+                    self.move(self.name, None)
 
     def close(self):
         """Read on until the client hangs up, falls silent or runs out of time; then close."""
-        # Closing with input unread makes TCP send a reset, which can cost the client its BYE.
+        # If a socket is closed while input is unread, TCP sends a reset, which can overtake BYE.
         end = time.monotonic() + FAREWELL_SECONDS
-        with contextlib.suppress(OSError):       # a reset; or our timeout: no more came
+        try:
             self.sock.shutdown(socket.SHUT_WR)
             while self.sock.recv(RECEIVE_BUFFER) and time.monotonic() < end:
                 time.sleep(0.01)         # a client that goes on sending must not make this spin
-        self.sender.detach()
+        except OSError:                  # our timeout: the client is silent; or a reset
+            pass
+        self.send_sock.close()
         self.sock.close()
         log.info("thread ends: %s", self.reason)
 
 
 def find_room(name=None):
-    """Return the room called `name`, or the oldest; created if necessary. Needs the lock."""
+    """Return the room called `name`, or the oldest; if there is none, a new one. Needs the lock."""
     for room in rooms:
         if not name or room.name.casefold() == name.casefold():
             return room
-    return Room(name or "lobby")
+    return Room(name or "lobby")         # its first member puts it on the list: see Client.move
 
 
 def accept_clients(listener):
-    """Start a thread for each client that connects; return the threads when the server closes."""
-    threads, number = {}, 0              # the thread of each client; clients so far
+    """Start a thread for each client that connects; return the clients when the server closes."""
+    clients, number = [], 0              # those whose thread has not ended; connections so far
     while not closing:
+        time.sleep(ACCEPT_SECONDS)       # so whoever connects in a loop delays nobody inside
+        clients = [client for client in clients if client.thread.is_alive()]
+        if len(clients) >= options.max_clients + AT_THE_DOOR:
+            continue                     # a crowd waits in the queue of accept
         try:
-            sock, address = listener.accept()        # on macOS address can be None
-        except OSError as error:         # no errno: only our timeout, no new connection yet
-            if error.errno:              # e.g. out of file descriptors; it would fail again at once
+            sock, address = listener.accept()
+            client = Client(sock, f"client-{number + 1}")
+        except OSError as error:
+            if error.errno:              # e.g. no file descriptors; otherwise just our timeout
                 log.warning("cannot accept: %s", error.strerror)
-                time.sleep(0.05)
+                sock = None              # if it was dup that failed, this closes the connection
+                time.sleep(POLL_SECONDS)             # it would fail again at once
             continue
+        number += 1
         set_options(sock)
-        client, number = Client(sock), number + 1
-        threads = {other: thread for other, thread in threads.items() if thread.is_alive()}
-        if sum(not other.reason for other in threads) >= options.max_clients:
-            client.reason = f"the server is full (at most {options.max_clients} clients)"
-        thread = threading.Thread(target=client.serve, name=f"client-{number}", daemon=True)
-        log.info("connection from %s:%s: thread %s starts", *(address or "??")[:2], thread.name)
+        staying = [other for other in clients if not other.reason]
+        if len(staying) >= options.max_clients:      # its thread will say so, and close
+            client.disconnect(f"the server is full (at most {options.max_clients} clients)")
+        host, port = address[:2] if address else ("?", "?")      # on macOS it can be None
+        log.info("connection from %s:%s: thread %s starts", host, port, client.thread.name)
         try:
-            thread.start()               # in C: pthread_create
-            threads[client] = thread
-        except RuntimeError as error:    # it has no thread: so this one closes its socket
-            log.warning("thread ends: %s", error)
-            client.sender.detach()
-            sock.close()
-    return threads.values()
+            client.thread.start()        # in C: pthread_create
+            clients.append(client)
+        except RuntimeError as error:    # no more threads: for once main says BYE, and closes
+            client.disconnect(str(error))
+            client.serve()
+    return clients
 
 
 # ---- What guards it, and the start ---------------------------------------------------------------
+# What must never reach a terminal: control characters (C0, DEL, C1), separators of lines and
+# paragraphs, and controls that change the direction of text.
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# Letters and marks without ink: with one of them in it, a name could look like another.
+INVISIBLE = re.compile(r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0"
+                       r"\U000e0100-\U000e01ef]")
+# Options of a client's socket. After 20 s of silence TCP sends a probe every 5 s. It gives up when
+# nothing comes back or data is not accepted, on Linux after 30 s. (macOS says TCP_KEEPALIVE.)
+SOCKOPTS = {"SO_SNDBUF": SEND_BUFFER, "TCP_NODELAY": 1, "SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 20,
+            "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
+
+
 def parse(line):
-    """Return the verb, in capitals, and the text of a request (bytes). An empty one has verb ""."""
-    verb, _, text = line.decode("utf-8", "replace").translate(SAFE_TEXT).lstrip().partition(" ")
-    return verb.upper() if len(line) <= MAX_REQUEST else "TOO LONG", text
+    """Return the verb, in capitals, and the text (str) of a request (bytes) that is not blank."""
+    if len(line) > MAX_REQUEST:
+        return "TOO LONG", ""
+    text = UNSAFE.sub("\ufffd", line.decode("utf-8", "replace").replace("\t", " "))
+    verb, _, text = text.lstrip().partition(" ")
+    return verb.upper(), text
 
 
 def is_name(word):
-    """Return whether `word` is a name: letters, marks (not first) and digits of any script, _ -."""
-    kinds = ["L" if sign in "_-" else unicodedata.category(sign)[0] for sign in word]
-    return len(word) <= MAX_NAME and kinds[0] != "M" and set(kinds) <= {"L", "M", "N"}
+    """Return whether `word` has 1 to MAX_NAME letters, marks (not first), digits, _ or -."""
+    categories = [unicodedata.category(character) for character in word if character not in "_-"]
+    known = all(kind[0] in "LM" or kind == "Nd" for kind in categories)      # Nd: decimal digit
+    begins_with_mark = unicodedata.category(word[0])[0] == "M"
+    return known and not begins_with_mark and len(word) <= MAX_NAME and not INVISIBLE.search(word)
 
 
 def set_options(sock):
     """Set SOCKOPTS as far as this system knows them (man 7 tcp, man 7 socket)."""
     for name, value in SOCKOPTS.items():
         level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
-        with contextlib.suppress(AttributeError, OSError):   # unknown here, or refused
+        try:
             sock.setsockopt(level, getattr(socket, name), value)
+        except (AttributeError, OSError):            # unknown here, or refused
+            pass
 
 
 def listen(host, port):
@@ -299,23 +376,24 @@ def listen(host, port):
 
 
 def stop(signum, _frame):
-    """Make the server close; a second Ctrl-C ends the process at once."""
+    """Make the server close. After Ctrl-C, a second Ctrl-C ends the process at once."""
     global closing
-    closing = True                       # nothing else: a handler that took a lock could hang
+    closing = True       # every thread sees it by itself; a handler that took a lock could hang
     if signum == signal.SIGINT:
-        signal.signal(signum, lambda *_: os._exit(1))
+        signal.signal(signal.SIGINT, lambda *_: os._exit(1))
 
 
-def hint(family, host, port):
-    """Return how clients on other machines can connect to this server (str)."""
+def where(listener):
+    """Return where the server listens, and how clients on other machines can connect (str)."""
+    host, port = listener.getsockname()[:2]
     if host.startswith("127.") or host == "::1":
-        return "(this machine only; --host 0.0.0.0 opens it to the classroom)"
+        return f"{host}:{port} (this machine only; --host 0.0.0.0 opens it to the classroom)"
+    address = host
     if host in ("0.0.0.0", "::"):        # all addresses of this machine: which one do others see?
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:      # it only looks up a route
-            if probe.connect_ex(("192.0.2.1" if host == "0.0.0.0" else "2001:db8::1", port)):
-                return "(this machine is not on a network)"
-            host = probe.getsockname()[0]
-    return f"- on another machine: python client.py {host} {port}"
+        with socket.socket(listener.family, socket.SOCK_DGRAM) as probe:     # looks up a route
+            error = probe.connect_ex(("192.0.2.1" if host == "0.0.0.0" else "2001:db8::1", port))
+            address = "<its address>" if error else probe.getsockname()[0]
+    return f"{host}:{port} - on another machine: python client.py {address} {port}"
 
 
 def parse_arguments():
@@ -328,42 +406,57 @@ def parse_arguments():
     parser.add_argument("--rate", type=int, default=8192, help="bytes/s a client (8192); 0: any")
     parser.add_argument("--trace", action="store_true", help="log all bytes, and the lock")
     parser.parse_args(namespace=options)
-    options.name = options.name.encode("utf-8", "replace").decode().translate(SAFE_TEXT).strip()
-    if not (options.port in range(65536) and options.max_clients > 0 and options.rate >= 0
-            and options.name and options.host and options.host.isascii()):
-        parser.error("port: 0 to 65535; --max-clients: 1 or more; --rate: 0 or more; no empty name")
-    options.rate = options.rate or 10 ** 12      # in effect no limit
-    options.chunk = min(4096, options.rate // 64 + 1)        # bytes; small pieces make short rests
+    for is_right, message in (
+            (0 <= options.port <= 65535, "port: 0 to 65535"),
+            (options.host and options.host.isascii(), "--host: an address of this machine"),
+            (options.name.strip() and options.name.isprintable(), "--name: printable, not empty"),
+            (options.max_clients > 0, "--max-clients: 1 or more"),
+            (options.rate == 0 or options.rate >= 100, "--rate: 100 or more; 0: no limit")):
+        if not is_right:
+            parser.error(message)
+    # How many bytes one recv takes: few if there is a rate, so that no rest is long.
+    options.piece = min(4096, options.rate // 100) if options.rate else 4096
+
+
+def start_log():
+    """Start the thread that writes the log; return its QueueListener."""
+    # If the terminal stalls only this thread waits: logging just puts lines into the queue.
+    lines = queue.SimpleQueue()
+    logging.basicConfig(level=logging.DEBUG if options.trace else logging.INFO,
+                        format="%(asctime)s %(threadName)-9s %(message)s", datefmt="%H:%M:%S",
+                        handlers=[logging.handlers.QueueHandler(lines)])
+    writer = logging.handlers.QueueListener(lines, logging.StreamHandler())
+    writer.start()
+    return writer
 
 
 def main():
     """Run the server. Exit status: 0 after closing, 1 if it cannot listen."""
     threading.current_thread().name = "main"
     parse_arguments()
-    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"} & set(dir(signal)):  # if it exists
-        signal.signal(getattr(signal, name), stop)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):     # Ctrl-C, kill, a closed terminal
+        number = getattr(signal, name, None)         # Windows has no SIGHUP, others no SIGBREAK
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, stop)              # nohup makes the system ignore SIGHUP
     try:
         listener = listen(options.host, options.port)
     except OSError as error:
         sys.exit(f"server.py: cannot listen on {options.host}:{options.port}: "
                  f"{error.strerror.partition(' (')[0]}; try another port, or another --host")
-    lines = queue.SimpleQueue()          # the log has its own thread: if the terminal stalls,
-    logging.basicConfig(level=logging.DEBUG if options.trace else logging.INFO,  # only that waits
-                        format="%(asctime)s %(threadName)-9s %(message)s", datefmt="%H:%M:%S",
-                        handlers=[logging.handlers.QueueHandler(lines)])
-    writer = logging.handlers.QueueListener(lines, logging.StreamHandler())
-    writer.start()
-    address = listener.getsockname()[:2]
-    log.info("%s listening on %s:%d %s", options.name, *address, hint(listener.family, *address))
-    with listener:
-        threads = accept_clients(listener)
+    writer = start_log()
+    log.info("%s listening on %s", options.name, where(listener))
+    clients = accept_clients(listener)
+    listener.close()
     log.info("closing: BYE to all clients")
-    while any(thread.is_alive() for thread in threads):      # each says BYE: see Client.serve
+    # At most half a second until a thread sees `closing`, 1 s for the farewell, half a second for
+    # its last recv, half a second for the log: 2.5 s, for fifty threads as for one.
+    while any(client.thread.is_alive() for client in clients):
         time.sleep(0.05)
     log.info("closed")
-    threading.Timer(0.7, os._exit, [0]).start()  # in case the terminal is stalled, or gone;
-    writer.stop()                                # otherwise the rest of the log is written
-    os._exit(0)
+    ending = threading.Thread(target=writer.stop, daemon=True)   # writes the rest of the log
+    ending.start()
+    ending.join(POLL_SECONDS)            # not longer: the terminal may be stalled, or gone
+    os._exit(0)                          # without Python's own flush, which could hang
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ class Server(Process):
     def has_clients(self, count):
         """So many threads are left, says the log, and sockets (and 0, 1, 2 and the listener)."""
         eventually(lambda: self.err.count(" starts\n") - self.err.count("thread ends: ") == count
-                   and self.measured("files") in (4 + count, 0), lambda: (count, self.err))
+                   and self.measured("files") in (4 + 2 * count, 0), lambda: (count, self.err))
 
 class ServerAtTerminal(Server, Terminal):
     err = Process.out
@@ -401,8 +401,8 @@ def scenarios(request):
             future.cancel()
 
 # ---- The protocol, rule by rule -----------------------------------------------------------------
-def test_rule_1_rooms(server):
-    alice, bob, carol = server.join("alice"), server.join("bob", "Den"), server.join("carol")
+def test_rule_1_rooms(fast):
+    alice, bob, carol = fast.join("alice"), fast.join("bob", "Den"), fast.join("carol")
     alice.hears("JOINED carol")                      # no room given: the oldest
     alice.asks("LEAVE", "BYE .*")
     carol.asks("ROOMS\nWHO", "LEFT alice", "ROOMS lobby=1 Den=1", "WHO carol")
@@ -410,11 +410,12 @@ def test_rule_1_rooms(server):
     carol.asks("JOIN cora\nJOIN cora dEN", "WELCOME Den cora .*", "ERROR .*already.*")
     bob.hears("JOINED cleo", "LEFT cleo", "JOINED cora")
     bob.asks("JOIN bob tea\nJOIN ben", "WELCOME tea bob .*", "WELCOME tea ben .*")    # his room
-    assert server.err.count("room lobby created") == server.err.count("room lobby deleted") == 1
+    assert fast.err.count("room lobby created") == fast.err.count("room lobby deleted") == 1
 
 NAMES = [*"a An_Lee-2 Ünïcödé 名前 Имя ١٢ _ हिन्दी अनीता สุดา தமிழ் José".split(), "x" * 20, "ñ" * 20]
 NOT_NAMES = ["x" * 21, "a.b", "a=b", "a ☃", "a/b", "a b c", "a\x1b[2J", "a\x00", "a b\u202e",
-             "a " + "r" * 21, "\u0301a", "a \u093fb", "\u0bcd", "ñ" * 21]
+             "a " + "r" * 21, "\u0301a", "a \u093fb", "\u0bcd", "ñ" * 21, "½", "①", "Ⅷ",
+             "ann\ufe0f", "\u3164", "a b\u115f", "a\u034fb", "x\U000e0100"]
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_rule_2_names(fast, form):
@@ -427,11 +428,11 @@ def test_rule_2_names(fast, form):
 
 @pytest.mark.parametrize("name, others", [("Straße", ["STRASSE"]),
     ("Alice", ["alice", "ALICE den"]), ("José", ["Jose\u0301", "JOSE\u0301 den"])])
-def test_rule_2_unique(server, name, others):
-    owner, other = server.join(name), server.join("other")
+def test_rule_2_unique(fast, name, others):
+    owner, other = fast.join(name), fast.join("other")
     for words in others:
         other.asks(f"JOIN {words}\nWHO", "ERROR .* taken", f"WHO {name} other")
-        server.connect().asks(f"JOIN {words}", "ERROR .* taken")
+        fast.connect().asks(f"JOIN {words}", "ERROR .* taken")
     name = name.lower()                              # of its own it may change the case
     owner.asks(f"JOIN {name}", "JOINED other", f"WELCOME lobby {name} .*")
 
@@ -440,13 +441,21 @@ def test_rule_2_guests(server):
     names = [server.connect().asks("JOIN", r"WELCOME den guest\d+ .*").split()[2] for _ in "123"]
     assert len({*names, *(f"guest{n}" for n in range(2, 20))}) == len(owners) + 3
 
-def test_rule_3_refused_nothing_changes(server):
-    bob, alice, carol = server.join("bob"), server.join("alice", "den"), server.join("carol", "den")
+def test_rule_3_refused_nothing_changes(fast):
+    bob, alice, carol = fast.join("bob"), fast.join("alice", "den"), fast.join("carol", "den")
     alice.hears("JOINED carol")
     for new in ("carol lobby", "alice !", "x y z", "alice", "alice den"):
         alice.asks(f"JOIN {new}\nWHO\nROOMS", "ERROR .*", "WHO alice carol", "ROOMS lobby=1 den=2")
     bob.hears_nothing_but()
     carol.hears_nothing_but()
+
+def test_rule_11_renaming_in_a_loop(server):
+    """Who is in a room can JOIN once a second. A first JOIN and refused ones do not count."""
+    alice, bob = server.join_all("alice", "bob")
+    bob.asks("JOIN alice\nJOIN rob", "ERROR .* taken", "WELCOME lobby rob .*")
+    bob.asks("JOIN bob\nJOIN rob den\nWHO", *["ERROR .* once a second.*"] * 2, "WHO alice rob")
+    eventually(lambda: bob.asks("JOIN bob den", ".*").startswith("WELCOME den bob "), seconds=2)
+    alice.hears_nothing_but("LEFT bob", "JOINED rob", "LEFT rob")
 
 def test_rule_4_before_joining(server):
     server.connect().asks("MSG hi\nWHO\nHELLO\n\nrooms\nleave", *["ERROR join a room first.*"] * 2,
@@ -515,10 +524,29 @@ def test_rule_9_max_clients(start):
     alice.hears_nothing_but(*["LEFT bob", "JOINED bob"] * 10)
 
 @mostly_waits()
+def test_rule_9_a_crowd_at_the_door(start):
+    """Beyond --max-clients ten are told at a time; the others wait, and are told in the end."""
+    server = start(Server, "--max-clients", 2)
+    server.join_all("alice", "bob")
+    for peer in [server.connect() for _ in range(40)]:       # none of them hangs up
+        peer.hears("BYE .*full.*2.*", None)
+    steps = re.findall(" (starts|thread ends)", server.logs("(?s).*client-42 .*thread ends.*")[0])
+    served = list(itertools.accumulate(1 if step == "starts" else -1 for step in steps))
+    assert 5 < max(served) <= 12, served
+
+@mostly_waits()
+def test_rule_9_connecting_in_a_loop(start):
+    """No more than 200 connections are accepted in a second."""
+    server, started = start(Server), time.monotonic()
+    for number in range(90):
+        server.join(f"visitor{number}", "den").hangs_up()
+    assert time.monotonic() - started > 90 / 200
+
+@mostly_waits()
 def test_rule_9_join_deadline(start):
     """Of 300 seconds, here 0.3; trickling bytes stretches neither it nor the farewell."""
     server = start(Server, edits=[("JOIN_SECONDS = 300", "JOIN_SECONDS = 0.3"),
-                                  ("FAREWELL_SECONDS = 1.5", "FAREWELL_SECONDS = 0.2")])
+                                  ("FAREWELL_SECONDS = 1 ", "FAREWELL_SECONDS = 0.2 ")])
     alice, silent, trickling = server.join("alice"), server.connect(), server.connect()
     with pytest.raises(OSError):
         for _ in range(100):
@@ -545,6 +573,14 @@ def test_rule_10_slow_readers(fast):
     fast.logs("dropped: not reading")
     slow.hears("JOINED bob", "MSG alice x+")         # what did fit arrives, then the end
     fast.join("slow")
+
+def test_rule_10_the_first_reason_stays(fast):
+    """The log says why it was dropped, though its own thread sees the end of file first."""
+    alice, slow = fast.join_all("alice", "slow", receive_buffer=4096)
+    alice.says(*[f"MSG {'x' * 1000}"] * 1000)
+    alice.hears_nothing_but()
+    slow.half_closes()
+    fast.logs("client-2 +thread ends: dropped: not reading")
 
 def test_rule_10_behind_is_not_dropped(fast):
     """A client that is merely behind gets it all, 200 KiB; then BYE, though it goes on sending."""
@@ -586,6 +622,23 @@ def test_rule_11_a_flooder_is_soon_forgotten(start, rate, line, seconds):
         time.sleep(0.3)                              # in which it could all be read
     mallory.hangs_up()
     eventually(lambda: alice.asks("JOIN mallory", ".*").startswith("WELCOME "), seconds=seconds)
+
+@mostly_waits()
+def test_rule_11_a_flood_ends(start):
+    """Held back for a minute (here two seconds) without a pause: BYE. Its end of file may wait
+    behind what it has sent ahead. Who pauses stays."""
+    server = start(Server, edits=[("FLOOD_SECONDS = 60", "FLOOD_SECONDS = 2")])
+    alice, ghost, flooder = server.join("alice"), server.join("ghost", "den"), server.connect()
+    ghost.sends(b"MSG x\n" * 9000)
+    ghost.hangs_up()
+    in_thread(lambda: [*map(flooder.sends, [b"JOIN flooder cave\n" + b"MSG more\n" * 9000] * 9)])
+    pausing, end = server.join("pausing", "hut"), time.monotonic() + 4
+    while time.monotonic() < end:
+        pausing.asks("MSG " + "x" * 1000 + "\nWHO", "WHO pausing")
+    flooder.hears_sometime("BYE .*2 seconds")
+    flooder.hears(None)
+    server.logs("client-2 +thread ends: sending too fast for 2 seconds")
+    alice.asks("JOIN ghost", "WELCOME .*")
 
 # ---- Leaving and closing ------------------------------------------------------------------------
 @pytest.mark.parametrize("end, reason", [("resets", "" if WINDOWS else "connection lost"),
@@ -643,6 +696,27 @@ def test_rule_12_closing_in_the_middle_of_it(start):
         peer.hears(None)
     assert server.status(3) == 0
 
+@mostly_waits()
+def test_rule_12_closing_while_all_rename_themselves(start):
+    """Once it is closing no request is carried out, though hundreds have been received."""
+    server = start(Server, "--rate", 0, "--max-clients", 300)
+    peers = [server.join(f"p{number}") for number in range(90)]
+    for number, peer in enumerate(peers):
+        peer.sends(b"".join(b"JOIN a%d\nJOIN b%d\n" % (number, number) for _ in range(500)))
+    server.interrupt()
+    assert server.status(3) == 0
+
+@needs_unix
+def test_rule_12_nohup(start):
+    """SIGHUP is ignored if it was ignored already, as under nohup."""
+    ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    server = start(Server, preexec_fn=ignored)
+    server.interrupt(signal.SIGHUP)
+    server.join("alice").hears_nothing_but()
+    assert "closing" not in server.err
+    server.interrupt(signal.SIGTERM)
+    assert server.status(3) == 0
+
 @mostly_waits(("SIGINT", "SIGINT", 1, 0.5), ("SIGTERM", "SIGINT", 0, 3), ("SIGINT", "SIGHUP", 0, 3))
 def test_rule_12_a_second_signal(start, first, second, status, seconds):
     """A second Ctrl-C ends a server at once that would go on closing; another signal does not."""
@@ -682,26 +756,41 @@ def test_rule_13_keepalive(start):
                                            "TCP_USER_TIMEOUT 30000"] * (sys.platform == "linux")]:
         eventually(lambda: all(re.search(f"^{option}", it.out, re.M) for it in (server, client)))
 
-@mostly_waits(('verb == "ROOMS"', 'verb == "ROOMS" and 1 / 0', "ROOMS"), (
-    "member.send(lines)", 'member.send(lines if b"!" not in lines else 1 / 0)', "MSG oh!"))
-def test_rule_14_an_error_in_the_server(start, old, new, request):
+SEND = "        try:\n            sent = self.send_sock.send(data)"
+
+def breaks_send(verb):
+    return SEND, f"        assert not data.startswith(b'{verb}')\n{SEND}"
+
+@mostly_waits((('verb == "ROOMS"', 'verb == "ROOMS" and not 1 / 0'), "ROOMS"),
+              (("member.send(", "assert 'oh' not in lines; member.send("), "MSG oh!"),
+              (breaks_send("MSG bob oh"), "MSG oh!"))
+def test_rule_14_an_error_in_the_server(start, edit, request):
     """Whoever made the request gets BYE; the traceback is logged at once; the others go on."""
-    server = start(Server, edits=[(old, new)])
+    server = start(Server, edits=[edit])
     alice, bob = server.join_all("alice", "bob")
     bob.says(request)
-    server.logs("ZeroDivisionError", 0.5)
+    server.logs("(ZeroDivision|Assertion)Error", 0.5)
     bob.hears("BYE an error in the server", None)
     alice.hears("LEFT bob")
     server.join("bob").asks("WHO", "WHO alice bob")
     server.logs("thread ends: an error in the server")
 
+@mostly_waits(("BYE", "LEAVE"), ("LEFT", "JOIN bob den"))
+def test_rule_14_nobody_is_left_behind(start, verb, request):
+    """If an edit breaks `send`, a line is lost, but no name stays taken and no room empty."""
+    server = start(Server, edits=[breaks_send(verb)])
+    alice, bob = server.join_all("alice", "bob")
+    bob.asks(request)
+    server.logs("client-2 +thread ends")
+    server.connect().asks("JOIN bob\nROOMS\nWHO", "WELCOME .*", "ROOMS lobby=2", "WHO alice bob")
+
 # ---- Starting the server, and its log -----------------------------------------------------------
 @pytest.mark.parametrize("host, hint", [
     ("127.0.0.1", r"\(this machine only; --host 0.0.0.0 .*"),
-    ("0.0.0.0", r"(- on another machine: python client.py [1-9][\d.]+ \d+|.*not on a network\))")])
+    ("0.0.0.0", r"(- on another machine: python client.py ([1-9][\d.]+|<its address>) \d+)")])
 def test_first_line_of_the_log(start, host, hint):
-    server = start(Server, "--host", host, "--name", "Room 12\x1b[2J")
-    server.logs(rf"^\d\d:\d\d:\d\d main +Room 12\ufffd\[2J listening on {host}:\d+ {hint}\n")
+    server = start(Server, "--host", host, "--name", "Room 12é")
+    server.logs(rf"^\d\d:\d\d:\d\d main +Room 12é listening on {host}:\d+ {hint}\n")
 
 @mostly_waits()
 def test_log_that_nobody_reads(start):
@@ -710,17 +799,33 @@ def test_log_that_nobody_reads(start):
     ann, ben = server.join_all("ann", "ben")
     server.logs("ben joined")
     server.types("\x13")                             # Ctrl-S
-    ann.says(*["JOIN !"] * 1500)                     # more to log than a terminal or a pipe holds
-    ann.hears(*["ERROR .*"] * 1500)
+    ann.says(*["JOIN anna", "JOIN ann"] * 750)       # more to log than a terminal or a pipe holds
+    ann.hears(*["WELCOME .*"] * 1500)
+    ben.hears(*["LEFT ann", "JOINED anna", "LEFT anna", "JOINED ann"] * 750)
     for n in range(20):
         server.join(f"visitor{n}", "den").asks("LEAVE", "BYE .*")
         ann.says(f"MSG secret {n}")
     ben.hears(*(f"MSG ann secret {n}" for n in range(20)))
     server.types("\x11")                             # Ctrl-Q
     server.logs("client-22 +thread ends")
-    assert server.err.count("refused: ") == 1500 and "secret" not in server.err
+    assert server.err.count(" is now ann") == 1500 and "secret" not in server.err
     lines = ("room den created", "joined den", "left den", "room den deleted")
     assert {server.err.count(line) for line in lines} == {20}
+
+def test_log_of_a_rename_and_of_nonsense(fast):
+    ann = fast.join("ann")
+    ann.asks("nonsense\n" * 100 + "JOIN ann\nJOIN Anna\nLEAVE", *["ERROR .*"] * 101,
+             "WELCOME .*", "BYE .*", None)
+    fast.logs("ann joined lobby\n.* ann is now Anna\n.* Anna left lobby\n")
+    assert fast.err.count("\n") < 10
+
+def test_trace_of_messages_in_a_row(start):
+    """Messages that arrive together leave together, though there are empty lines between."""
+    server = start(Server, "--trace")
+    alice, bob = server.join_all("alice", "bob")
+    bob.says("MSG 1", "", "MSG 2", "  ", "MSG 3")
+    alice.hears("MSG bob 1", "MSG bob 2", "MSG bob 3")
+    server.logs(r"client-2 +send b'MSG bob 1\\nMSG bob 2\\nMSG bob 3\\n' to alice")
 
 def test_trace(start):
     server = start(Server, "--trace")
@@ -733,16 +838,20 @@ def test_trace(start):
     eventually(lambda: re.fullmatch(expected, server.err[before:]), lambda: server.err[before:])
     assert not re.search("main .* the lock", server.err)
 
-WRONG = {"server.py": ["", "x", "-1", "65536", "0 1", "0 --max-clients 0", "0 --max-clients x",
-                       "0 --rate -1", "0 --name=\t", "0 --host=", "0 --host ä..x", "0 --no-such"],
-         "client.py": ["127.0.0.1", "h 0", "h 65536", "h x", "h 1 --name=", "h 1 --name=\t",
-                       "h 1 --room=", "h 1 --room=a,b", "h 1 --room=\u0301a", "h 1 --no-such"]}
+WRONG = {
+    "server.py": {"": "required: port", "x": "port: invalid", "-1": "port: 0 to", "65536": "port: 0 to",
+        "0 1": "unrecognized", "0 --max-clients 0": "--max-clients: 1", "0 --max-clients x":
+        "--max-clients: invalid", "0 --rate -1": "--rate: ", "0 --rate 99": "--rate: 100",
+        "0 --name=\t": "--name: ", "0 --name=\x1b[2J": "--name: ", "0 --host=": "--host: ",
+        "0 --host ä..x": "--host: ", "0 --no-such": "unrecognized"},
+    "client.py": dict.fromkeys(["127.0.0.1", "h 0", "h 65536", "h x", "h 1 --name=", "h 1 --name=\t",
+        "h 1 --room=", "h 1 --room=a,b", "h 1 --room=\u0301a", "h 1 --no-such"], "")}
 
-@mostly_waits(*[(script, words) for script in WRONG for words in WRONG[script]])
-def test_wrong_arguments(start, script, words):
+@mostly_waits(*[(script, *case) for script in WRONG for case in WRONG[script].items()])
+def test_wrong_arguments(start, script, words, message):
     process = start(Process, script, *words.split(" ") * bool(words))
     assert process.status() == 2 and not process.out
-    assert re.fullmatch(rf"usage: {script} (.*\n)+{script}: error: .+\n", process.err)
+    assert re.fullmatch(rf"usage: {script} (.*\n)+{script}: error: .*{message}.*\n", process.err)
 
 @mostly_waits(*itertools.product(["server.py"], ["192.0.2.1", "a..b", "x" * 70, "127.0.0.1"]),
               *itertools.product(["client.py"], ["no.such", "ä..x", "x" * 70, "127.0.0.1"]))
@@ -797,11 +906,11 @@ def test_client_in_pipes(start, server):
     assert robot.out == ("* Welcome to Chatroom, robot! You are robot in lobby.\n"
                          "bob: good morning\n* carol joined\n* carol left\n* you have left\n")
 
-def test_client_commands(start, server):
-    bob, wrong = server.join("bob"), ["/dance now", "/join", "/name a b"]
+def test_client_commands(start, fast):
+    bob, wrong = fast.join("bob"), ["/dance now", "/join", "/name a b"]
     commands = ["/who", "/rooms", "/name Anna", "/join LOBBY", "/who", "hello", "/help", *wrong,
                 "/quit", "never"]
-    ann = run(start, server, "--name", "ann", "--room", "tea", typed="\n".join(commands) + "\n")
+    ann = run(start, fast, "--name", "ann", "--room", "tea", typed="\n".join(commands) + "\n")
     assert ann.status() == 0
     bob.hears_nothing_but("JOINED Anna", "MSG Anna hello", "LEFT Anna")
     pattern = r"^(?:\*.*: (.*); the commands:\n)?/who  .*\n(?:/.{1,60}\n){5}"
@@ -1238,9 +1347,9 @@ def test_readme_options(start, script):
 def test_readme_constants_messages_and_links():
     server, client = ((HERE / it).read_text(encoding="utf-8") for it in ("server.py", "client.py"))
     for constant, unit in (("MAX_REQUEST", "bytes"), ("JOIN_SECONDS", "seconds"), (
-            "FAREWELL_SECONDS", "seconds"), ("SEND_BUFFER", "KiB"), ("RECEIVE_BUFFER", "KiB")):
+            "FAREWELL_SECONDS", "second"), ("SEND_BUFFER", "KiB"), ("RECEIVE_BUFFER", "KiB")):
         number = re.search(rf"^{constant} = ([\d.]+)", server, re.M)[1]
-        assert f"{number} {unit}" in " ".join(README_TEXT.split()), constant
+        assert re.search(rf"\b{number} {unit}", " ".join(README_TEXT.split())), constant
     table = README_TEXT.partition("When it does not connect\n")[2].partition("\n#")[0]
     for message in re.findall(r"^\| `(.*?)` ?…?.* \|", table, re.M):
         assert re.sub(r"\bann\b", "{name}", message) in server + client, message
@@ -1331,7 +1440,7 @@ def test_ninety_at_once_with_long_names(start):
 
 @needs_unix
 @pytest.mark.parametrize("limit, value, message", [
-    ("NOFILE", 12, "cannot accept: "), ("AS", 200 << 20, "thread ends: .*(new thread|allocate)")])
+    ("NOFILE", 12, "cannot accept: "), ("NOFILE", 13, "cannot accept: "), ("AS", 200 << 20, "thread ends: .*(new thread|allocate)")])
 def test_few_files_or_threads(start, limit, value, message):
     """If there are none left a client waits, or its connection is closed; the server goes on."""
     if limit == "AS" and (sys.platform != "linux" or not GIL):
@@ -1342,12 +1451,12 @@ def test_few_files_or_threads(start, limit, value, message):
     crowd = [server.connect() for _ in range(60)]
     server.logs(message)
     before, lines = server.measured("cpu"), server.err.count("cannot accept")
-    time.sleep(0.3)                                  # the time in which it is measured
+    time.sleep(0.8)                                  # the time in which it is measured
     assert server.measured("cpu") - before < 0.1
-    assert server.err.count("cannot accept") - lines < 10
+    assert server.err.count("cannot accept") - lines <= 2
     for peer in crowd:
         peer.hangs_up()
-    eventually(lambda: server.err.count("thread ends: ") == len(crowd), "all of them to have gone")
+    server.has_clients(1)
     server.join("bob").says("MSG hi")
     alice.hears("JOINED bob", "MSG bob hi")
 

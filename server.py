@@ -16,11 +16,12 @@ Client and server send each other lines of text. The first word of a line is its
                                                   ERROR text, BYE text     refused; why I hang up
 
 The main thread accepts connections and starts a thread for each. That thread receives the client's
-requests and carries them out. One more thread writes the log. No thread has to be woken to stop:
-one that waits on a socket gives up after half a second, checks whether to stop, and waits again.
+requests and carries them out. One more thread writes the log. Nothing wakes a thread that waits on
+a socket: after half a second it gives up, checks whether to stop, and waits again.
 """
 import argparse
-import logging.handlers            # and logging
+import logging
+import logging.handlers
 import os
 import queue
 import re
@@ -36,15 +37,15 @@ JOIN_SECONDS = 300           # a client that takes longer to join is disconnecte
 MOVE_SECONDS = 1             # a client in a room can rename itself or move once in this time
 FLOOD_SECONDS = 60           # a client that floods this long without a pause is disconnected
 FAREWELL_SECONDS = 1         # how long a client may go on sending after its BYE
-ACCEPT_SECONDS = 0.007       # between two accepts: so there are at most 140 connections a second
+ACCEPT_SECONDS = 0.007       # between two accepts: so there are some 140 connections a second
 MAX_REQUEST = 1024           # bytes in a request, its line ending not counted
 MAX_NAME = 20                # characters in the name of a person or a room
 RECEIVE_BUFFER = 64 * 1024   # bytes from a client that may wait in the kernel to be received
 SEND_BUFFER = 256 * 1024     # bytes that may wait there for a client that reads slowly
 BACKLOG = 1024               # connections that may wait for accept
-AT_THE_DOOR = 10             # clients above --max-clients that are accepted, to be turned away
+AT_THE_DOOR = 10             # connections above --max-clients, which are told that it is full
 log = logging.getLogger("chat")
-options = argparse.Namespace()           # the command line; set before the first thread starts
+options = argparse.Namespace()           # set before the first thread starts: see parse_arguments
 
 # ---- What the threads share, and why that is safe ------------------------------------------------
 rooms = []                               # oldest first; empty rooms are removed
@@ -54,10 +55,10 @@ closing = False                          # becomes True at Ctrl-C, and stays Tru
 # 1. A thread holds the lock while it uses `rooms` or a room, and while it sends. So no name is
 #    given twice, no room is created twice, and all in a room get the same lines in the same order.
 # 2. A thread that holds the lock never waits for a client. So nobody waits long for the lock.
-# 3. A client's own thread closes the client's socket, and only after the client has left its room.
-#    So whoever is found in a room can be sent to. Only this thread changes the client's name, too.
-# 4. Two things that others set are read without the lock: `closing`, and a client's `reason` to be
-#    disconnected. Once set they stay set: a thread that has just missed it sees it the next time.
+# 3. Only a client's own thread changes its name and room; and it closes `sock`, but only when the
+#    client has left its room. So whoever is found in a room can be sent to.
+# 4. Two things that others set are read without the lock: `closing`, and the `reason` to disconnect
+#    a client. Both stay set: a thread that has just missed it sees it the next time.
 
 
 class Room:
@@ -86,9 +87,9 @@ class Room:
 class Client:
     """A connection, its name and room. Other clients' threads call `send` and `disconnect`."""
     def __init__(self, sock, thread_name):
-        # `recv` may wait half a second, `send` must not wait at all. In Python a timeout belongs to
-        # the socket object, and holds for both: so there are two objects, with a descriptor each
-        # (in C: dup). For the system both are non-blocking; it is Python that waits before recv.
+        # `sock` receives, and waits half a second at most. `send_sock` sends, and never waits. They
+        # are two because a Python socket has one timeout for both ways. (In C: dup. For the system
+        # both are non-blocking; it is Python that waits before it calls recv.)
         self.sock = sock
         self.sock.settimeout(POLL_SECONDS)
         self.send_sock = sock.dup()
@@ -103,12 +104,12 @@ class Client:
 
     def serve(self):
         """Serve the client from beginning to end. Runs in the client's own thread."""
-        # The one way out, whatever the reason. A mistake in this program, or a sys.exit, ends only
-        # the client whose request met it; the next step is taken all the same.
+        # The one way out, whatever the reason. A mistake in this program ends only the client that
+        # met it; and the steps that follow are taken all the same.
         for step in (self.converse, self.leave, self.close):
             try:
                 step()
-            except BaseException:
+            except BaseException:        # sys.exit, too
                 log.exception("an error in the server")
                 self.disconnect("an error in the server")
 
@@ -126,7 +127,7 @@ class Client:
     def receive(self):
         """Receive what comes within half a second; carry out the requests that are complete."""
         try:
-            data = self.sock.recv(options.piece)
+            data = self.sock.recv(options.piece)     # 81 bytes at the default --rate: see rest
         except OSError as error:
             self.flooding = 0
             if error.errno:              # otherwise it is just our timeout: nothing has come
@@ -143,16 +144,16 @@ class Client:
         requests = [parse(line) for line in lines if line.strip()]
         self.carry_out(requests)
         if options.rate and not (closing or self.reason):
-            self.rest(max(len(data), 100 * len(requests)), len(data) == options.piece)
+            self.rest(len(data), len(requests))
 
-    def rest(self, cost, is_full):
-        """Sleep for as long as `cost` bytes take at --rate. If a piece is full, more may wait."""
-        # A request costs its length, but at least 100 bytes. At 8192 bytes a second a full piece of
-        # 81 bytes makes a rest of 10 ms, or half a second if it is full of tiny requests. Meanwhile
-        # what a flooder sends fills the kernel's buffers; then TCP makes the flooder wait.
-        seconds = cost / options.rate
+    def rest(self, size, requests):
+        """Sleep as long as `size` bytes with so many requests should take at --rate."""
+        # A request counts as 100 bytes at least. A piece is a hundredth of what may come in a second.
+        # So a rest is 10 ms, or half a second after tiny requests. Meanwhile what a flooder sends
+        # fills the kernel's buffers, and then TCP makes the flooder wait.
+        seconds = max(size, 100 * requests) / options.rate
         time.sleep(seconds)
-        if is_full:
+        if size == options.piece:        # a full one: more is waiting, most likely
             self.flooding += seconds
         else:
             self.flooding = 0
@@ -162,11 +163,11 @@ class Client:
     def carry_out(self, requests):
         """Carry out requests (verb, text) in their order, none after LEAVE or once closing."""
         log.debug("waits for the lock")
-        # For JOIN all of this is one critical section, from the check that the name is free to the
-        # sending of WELCOME: so no message from the new room can reach the client before WELCOME.
+        # JOIN is one critical section, from here through answer, join (is the name free?) and move
+        # to the sending of WELCOME: otherwise a message from the new room could overtake WELCOME.
         with rooms_lock:
             log.debug("has the lock")    # this only fills a queue: see start_log
-            messages = ""                # those in a row leave in one send: five times as fast
+            messages = ""                # those in a row leave in one send, which is faster
             for verb, text in requests:
                 if closing or self.reason:
                     break
@@ -203,7 +204,7 @@ class Client:
         if len(words) > 2 or not all(is_name(word) for word in words):
             return f"ERROR JOIN [name [room]]; a name is 1 to {MAX_NAME} letters, digits, _ or -"
         if self.room and options.rate and time.monotonic() < self.moved + MOVE_SECONDS:
-            return "ERROR you can rename yourself or move once a second; try again"
+            return "ERROR you can move or rename yourself once a second; try again"
         taken = set()                    # casefold: like lower, but for all scripts
         for room in rooms:
             taken.update(member.name.casefold() for member in room.members if member is not self)
@@ -216,22 +217,25 @@ class Client:
         room = find_room(words[1]) if len(words) == 2 else (self.room or find_room())
         if (name, room) == (self.name, self.room):
             return f"ERROR you are already {name} in {room.name}"
-        self.moved = time.monotonic() if self.room else 0    # the first JOIN does not count
+        if self.room:                    # the first JOIN does not count
+            self.moved = time.monotonic()
         self.move(name, room)
         return f"WELCOME {room.name} {name} Welcome to {options.name}, {name}!"
 
     def move(self, name, room):
-        """Take `name`, and go from the old room to `room` (None: just leave). Needs the lock."""
+        """Take `name` and go to `room`, the same or another (None: leave). Needs the lock."""
         old_name, old_room = self.name, self.room
-        if room is not old_room and old_room:
-            old_room.remove(self)
-        self.name, self.room = name, room
-        if room is not old_room and room:
-            room.add(self)
         if room is old_room:
+            self.name = name
             log.info("%s is now %s", old_name, name)
-        # To the others a new name is somebody new. They are told last: so even if an edit breaks
-        # `send`, no name stays taken and no room stays empty.
+        else:
+            if old_room:
+                old_room.remove(self)
+            self.name, self.room = name, room
+            if room:
+                room.add(self)
+        # The others are told last: so even if an edit breaks `send`, the rooms are in order. In the
+        # same room a new name, too, is LEFT and JOINED to them.
         if not closing:                  # otherwise everybody leaves, and nobody needs to be told
             self.broadcast(old_room, f"LEFT {old_name}\n")
         self.broadcast(room, f"JOINED {name}\n")
@@ -255,14 +259,14 @@ class Client:
             sent = 0                     # (in C, SIGPIPE; Python ignores that signal)
         if sent < len(data):             # half a line may have been sent: so nothing may follow
             self.disconnect("dropped: not reading, or gone")
-            self.send_sock.close()       # from now on every send fails, that of BYE, too
+            self.send_sock.close()       # so every later send fails: that of BYE, see leave
 
     def disconnect(self, reason):
         """Note why the client is to go. Its own thread sees that within half a second."""
-        self.reason = self.reason or reason              # the first reason stays
+        self.reason = self.reason or reason      # the first stays; of two at once, either
 
     def leave(self):
-        """Say BYE to the client (unless it was dropped), and leave the room."""
+        """Say BYE to the client, if it was not dropped, and leave the room."""
         with rooms_lock:
             try:
                 self.send(f"BYE {self.reason}\n".encode())
@@ -290,7 +294,7 @@ def find_room(name=None):
     for room in rooms:
         if not name or room.name.casefold() == name.casefold():
             return room
-    return Room(name or "lobby")         # its first member puts it on the list: see Client.move
+    return Room(name or "lobby")         # not on the list yet: see Room.add
 
 
 def accept_clients(listener):
@@ -300,20 +304,20 @@ def accept_clients(listener):
         time.sleep(ACCEPT_SECONDS)       # so whoever connects in a loop delays nobody inside
         clients = [client for client in clients if client.thread.is_alive()]
         if len(clients) >= options.max_clients + AT_THE_DOOR:
-            continue                     # a crowd waits in the queue of accept
+            continue                     # more than that wait in the queue of accept
         try:
             sock, address = listener.accept()
             client = Client(sock, f"client-{number + 1}")
         except OSError as error:
             if error.errno:              # e.g. no file descriptors; otherwise just our timeout
                 log.warning("cannot accept: %s", error.strerror)
-                sock = None              # if it was dup that failed, this closes the connection
+                sock = None              # if it was dup that failed: close the connection
                 time.sleep(POLL_SECONDS)             # it would fail again at once
             continue
         number += 1
         set_options(sock)
         staying = [other for other in clients if not other.reason]
-        if len(staying) >= options.max_clients:      # its thread will say so, and close
+        if len(staying) >= options.max_clients:      # its thread says so, and closes
             client.disconnect(f"the server is full (at most {options.max_clients} clients)")
         host, port = address[:2] if address else ("?", "?")      # on macOS it can be None
         log.info("connection from %s:%s: thread %s starts", host, port, client.thread.name)

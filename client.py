@@ -6,228 +6,323 @@
 
 The main thread waits for a line to be typed, and sends it. The reader thread waits for lines from
 the server, and shows them. Each has its own part of the screen: you type in the bottom rows, the
-conversation scrolls above them. Nothing can wake input() on every system; so neither thread wakes
-the other: when the connection has ended, the reader thread ends the whole process.
-
-/who        who is in this room?
-/rooms      which rooms are there?
-/join ROOM  go to another room; it is created if necessary
-/name NAME  take another name
-/quit       leave; so does Ctrl-D (Windows: Ctrl-Z, Enter)
-//text      say "/text"; anything else is sent as a message
+conversation scrolls above them. When the connection ends, the main thread waits in input(), and no
+other thread can wake it on every system: so the reader thread ends the whole process.
 """
 import argparse
 import contextlib
 import os
-import queue
+import random
+import re
 import socket
 import sys
 import threading
 import time
 import traceback
-import unicodedata
 try:
     import readline                      # gives input() line editing and a history
     import termios                       # reads and sets the modes of the terminal, such as echo
 except ImportError:                      # Windows, where the console edits lines itself
     readline = termios = None
-MAX_WAITING = 64 * 1024                  # bytes in each kernel buffer, and in a line shown
-POLL_SECONDS = 0.5                       # Windows notices Ctrl-C only between waits
+HELP = """\
+/who        who is in this room?
+/rooms      which rooms are there?
+/join ROOM  go to another room; it is created if necessary
+/name NAME  take another name
+/quit       leave; so does Ctrl-D (Windows: Ctrl-Z, Enter)
+//text      say "/text"; anything else is sent as a message"""
+MAX_REQUEST = 1024                       # bytes in a line to the server: see server.py
+MAX_LINE = 64 * 1024                     # bytes in a line from the server that is shown
 CONNECT_SECONDS = 10                     # how long to wait for a connection
+POLL_SECONDS = 0.5                       # Windows notices Ctrl-C only between two waits
 INPUT_ROWS = 3                           # at the bottom of the screen, for what is being typed
-# Socket options: buffer sizes, and when TCP gives up on a vanished machine. See server.py.
-SOCKOPTS = {"SO_SNDBUF": MAX_WAITING, "SO_RCVBUF": MAX_WAITING, "SO_KEEPALIVE": 1, "TCP_KEEPCNT": 4,
-            "TCP_KEEPIDLE": 20, "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_USER_TIMEOUT": 30_000}
-# What must never reach a terminal, whatever the server says: see server.py.
-UNSAFE = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
-SAFE_TEXT = {**dict.fromkeys(UNSAFE, "\ufffd"), ord("\t"): " "}
+# Socket options, see server.py. TCP_USER_TIMEOUT is not among them: it would end the connection of
+# somebody whom the server reads at a slow pace. A small send buffer lets no long queue build up.
+SOCKOPTS = {"SO_SNDBUF": 64 * 1024, "SO_RCVBUF": 64 * 1024, "SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 20,
+            "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+# What must never reach a terminal, whatever the server sends: see server.py.
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]   # of 256: legible on white and on black
+ESC, CSI = "\033", "\033["               # the beginnings of codes for the terminal
 
 
 class Chat:
     """The conversation. The main thread runs `run`, the reader thread `read`."""
-    # What the two share needs no lock: only main sends on the socket, only the reader receives; the
-    # queue has its own lock; only the reader sets `name`, only main sets `goodbye`.
     def __init__(self, sock, screen):
         self.sock = sock
         self.screen = screen
-        self.answers = queue.Queue(1)        # what came of JOIN: "" for WELCOME, or the ERROR
         self.name = ""                       # our name, as the last WELCOME said
-        self.goodbye = ""                    # the last line to show, if it is we who leave
+        self.refusal = ""                    # why the last JOIN was refused; empty if it was not
+        self.answered = threading.Event()    # set when the answer to JOIN is here
+        self.has_left = False                # all has been said, and LEAVE comes next
+        # These need no lock. The first three are set by the reader thread only; main looks at them
+        # when it has waited for `answered`. Only main sends, and sets `has_left`; only the reader
+        # thread receives. Both use the screen: see there.
 
     def run(self, name, room):
         """Join, send what is typed, leave. Does not return: see Screen.end."""
         threading.Thread(target=self.read, name="reader", daemon=True).start()
         try:
-            # EOFError: Ctrl-D, or a script's end. OSError: terminal, output or connection is gone.
-            with contextlib.suppress(EOFError, OSError):
-                self.enter(name, room)
-                self.talk()
-            self.goodbye = "you have left"
-            with contextlib.suppress(OSError):
-                self.send("LEAVE")
-            while True:                      # the reader ends the process at BYE: see hear
-                time.sleep(POLL_SECONDS)
+            self.enter(name, room)
+            self.talk()
+        except EOFError:                     # Ctrl-D, or the end of a script's input
+            pass
         except KeyboardInterrupt:
-            self.screen.end(0, "you have left")
+            if self.name:
+                self.screen.end(0, "you have left")
+            self.screen.end(130, "interrupted")          # 128 + SIGINT, as a shell expects
+        except OSError as error:
+            self.screen.end(1, f"cannot read what is typed: {error.strerror}")
+        self.has_left = True
+        self.send("LEAVE")
+        self.wait_for_the_end()              # the server answers with BYE
 
     def enter(self, name, room):
-        """Join under `name`, or a name that is typed, until the server accepts one."""
-        while not self.name:
-            if name is None and self.screen.interactive:
-                name = self.screen.ask("Your name: ")
-            name = "_".join((name or "").split())    # a second word would be a room
-            why = self.join(name, room)
-            if self.name and room and not name:      # JOIN takes no room without a name: so go
-                self.join(self.name, room)           # there now, by the name the server chose
-            if why and not self.screen.interactive:
-                self.screen.end(1, f"{why}; start again with another --name or --room")
-            name = None
+        """Join. If that is refused a person is asked for another name; a script ends."""
+        if not name and self.screen.interactive:
+            name = self.screen.ask("Your name: ")
+        while not self.join(name or "", room):
+            if not self.screen.interactive:
+                self.screen.end(1, f"{self.refusal}; start again with another --name or --room")
+            name = self.screen.ask("Your name: ")
 
     def talk(self):
         """Send each line that is typed as a message, or carry it out if it is a command."""
         while True:
             line = self.screen.ask("> ")
             command, *words = line.split() or [""]
-            if not line.startswith("/") or line.startswith("//"):
-                self.say(line[1:] if line.startswith("/") else line)
+            if not line.startswith("/"):
+                self.say(line)
+            elif line.startswith("//"):
+                self.say(line[1:])
             elif command in ("/who", "/rooms"):
                 self.send(command[1:].upper())
-            elif command in ("/join", "/name") and len(words) == 1:
-                self.join(*(words if command == "/name" else [self.name, *words]))
+            elif command == "/name" and len(words) == 1:
+                self.join(words[0])
+            elif command == "/join" and len(words) == 1:
+                self.join(self.name, words[0])
             elif command == "/quit":
                 return
+            elif command == "/help":
+                self.screen.show(HELP)
             else:
-                if command != "/help":
-                    self.screen.show(f"* unknown command or wrong arguments: {line}; the commands:")
-                self.screen.show((__doc__ or "").split("\n\n")[-1].strip())     # from the top
+                self.screen.show(f"* unknown command or wrong arguments: {line}; see /help")
 
     def say(self, text):
         """Send `text` as MSG; if too long, as several, never cutting a character in two."""
         data = text.encode("utf-8", "replace")
         while data.strip():
-            piece = data[:1024 - len("MSG ")].decode("utf-8", "ignore")      # no half character
+            piece = data[:MAX_REQUEST - len("MSG ")].decode("utf-8", "ignore")   # no half character
             self.send(f"MSG {piece}")
-            if self.screen.rows():           # otherwise the typed line stays visible
-                self.hear(f"MSG {self.name} {piece}")
+            if self.screen.rows()[0]:        # the typed line will vanish; and the server does not
+                self.show_message(self.name, piece)          # send us what we have said
             data = data[len(piece.encode()):]
 
     def join(self, name, room=None):
-        """Send JOIN, wait for the answer; return why it was refused (str, empty if it was not)."""
-        self.send(f"JOIN {name} {room or ''}".rstrip() if name else "JOIN")
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return self.answers.get(timeout=POLL_SECONDS)
+        """Send JOIN and wait for the answer; return whether it was WELCOME."""
+        name = "_".join(name.split())        # a second word would be a room
+        if room and not name:                # JOIN takes no room without a name
+            name = f"guest{random.randrange(10 ** 6)}"
+        self.answered.clear()                # what has not been asked for is no answer
+        self.send(f"JOIN {name} {room or ''}".rstrip())
+        while not self.answered.wait(POLL_SECONDS):
+            pass                             # in steps, see there
+        return not self.refusal
 
     def send(self, request):
-        """Send one request (str). Raises OSError."""
-        self.sock.sendall(request.encode("utf-8", "replace") + b"\n")
+        """Send one request (str)."""
+        try:
+            self.sock.sendall(request.encode("utf-8", "replace") + b"\n")
+        except OSError:                      # the connection has ended: there may still be a BYE
+            self.wait_for_the_end()
+
+    def wait_for_the_end(self):
+        """Wait until the reader thread ends the process."""
+        while True:
+            time.sleep(POLL_SECONDS)
 
     def read(self):
-        """Show what the server says until its BYE or the end of the connection; then end."""
+        """Show what the server sends until its BYE or the end of the connection; then end."""
+        unfinished = b""
         try:
-            for line in self.lines():
-                self.hear(line)
-            self.screen.end(1, "connection lost; start again when the server is back")
-        except OSError:                      # our output cannot be written any more
-            self.screen.end(0, "you have left")
+            while True:
+                data = self.sock.recv(MAX_LINE)
+                if data == b"":
+                    break
+                # Cut at newlines, as the server does; what follows the last one has no end yet.
+                lines = (unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
+                unfinished = lines.pop()[:2 * MAX_LINE]
+                for line in lines:
+                    text = safe(line.decode("utf-8", "replace"))
+                    self.hear(text if len(line) <= MAX_LINE else "overlong line omitted")
+        except OSError:                      # a reset is an end, too
+            pass
         except Exception:                    # a mistake in this program
             self.screen.end(1, traceback.format_exc())
-
-    def lines(self):
-        """Yield each line from the server (str, safe to show) until the connection has ended."""
-        rest = b""
-        with contextlib.suppress(OSError):   # a reset ends it, too
-            while data := self.sock.recv(MAX_WAITING):
-                *lines, rest = (rest[:MAX_WAITING + 1] + data).replace(b"\r\n", b"\n").split(b"\n")
-                for line in lines:
-                    text = line.decode("utf-8", "replace").translate(SAFE_TEXT)
-                    yield text if len(line) <= MAX_WAITING else "overlong line omitted"
+        self.screen.end(1, "the connection has ended without BYE")
 
     def hear(self, line):
-        """Show a line from the server (str); remember our name; end at BYE."""
+        """Show a line from the server (str). Note the answer to JOIN. End at BYE."""
         verb, _, rest = line.partition(" ")
-        word, _, text = rest.partition(" ")
-        if verb == "BYE":
-            self.screen.end(0 if self.name or self.goodbye else 1, self.goodbye or rest)
-        if verb == "WELCOME":                # WELCOME room name greeting
-            self.name, _, text = text.partition(" ")
-        notices = {"WELCOME": f"* {text} You are {self.name} in {word}.", "ERROR": f"! {rest}",
-                   "JOINED": f"* {word} joined", "LEFT": f"* {word} left",
-                   "WHO": f"* in this room: {rest.replace(' ', ', ')}",
-                   "ROOMS": f"* rooms: {rest.replace(' ', ', ').replace('=', ' with ') or 'none'}"}
-        colour = COLOURS[sum(word.casefold().encode()) % len(COLOURS)]
-        message = f"{self.screen.styled(word, f'38;5;{colour}')}: {text}"
-        notice = self.screen.styled(notices.get(verb, f"? {line}"))
-        self.screen.show(message if verb == "MSG" else notice)
-        if verb in ("WELCOME", "ERROR"):
-            with contextlib.suppress(queue.Full):            # nobody waits
-                self.answers.put_nowait(rest if verb == "ERROR" else "")
+        if verb == "MSG":
+            name, _, text = rest.partition(" ")
+            self.show_message(name, text)
+        elif verb == "WELCOME":
+            room, _, name_and_greeting = rest.partition(" ")
+            self.name, _, greeting = name_and_greeting.partition(" ")
+            self.show_notice(f"* {greeting} You are {self.name} in {room}.")
+            self.note_answer("")
+        elif verb == "ERROR":
+            if self.name or self.screen.interactive:         # else it is the last line: see enter
+                self.show_notice(f"! {rest}")
+            self.note_answer(rest)
+        elif verb in ("JOINED", "LEFT"):
+            self.show_notice(f"* {rest} {verb.lower()}")
+        elif verb == "WHO":
+            self.show_notice("* in this room: " + rest.replace(" ", ", "))
+        elif verb == "ROOMS":
+            self.show_notice("* rooms: " + rest.replace(" ", ", ").replace("=", " with "))
+        elif verb == "BYE":
+            self.bye(rest)
+        else:
+            self.show_notice(f"? {line}")
+
+    def note_answer(self, refusal):
+        """Tell main, which may be waiting, what came of JOIN (str, empty for WELCOME)."""
+        self.refusal = refusal
+        self.answered.set()
+
+    def bye(self, reason):
+        """End. That has failed if we never joined, or if a script had more to say."""
+        failed = not self.has_left and not (self.name and self.screen.interactive)
+        self.screen.end(int(failed), "you have left" if self.has_left else reason)
+
+    def show_message(self, name, text):
+        """Show what somebody says; each name has a colour of its own."""
+        colour = COLOURS[sum(name.casefold().encode()) % len(COLOURS)]
+        self.screen.show(f"{self.screen.styled(name, f'38;5;{colour}')}: {text}")
+
+    def show_notice(self, text):
+        """Show what is not a message, dimmed."""
+        self.screen.show(self.screen.styled(text, "2"))
 
 
 class Screen:
     """The terminal. You type in the rows at the bottom; above them the conversation scrolls."""
-    # Whatever edits the typed line (readline, the Windows console) never notices a message: it
-    # leaves those rows and the cursor as they were.
+    # Both threads write here, each to its own part, and always with one write: so nothing gets in
+    # between. Whatever edits the typed line (readline, the Windows console) never learns of a
+    # message, which leaves those rows and the cursor as they were.
     def __init__(self):
-        for name in ("stdin", "stdout", "stderr"):           # None: closed by whoever started us
-            setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))
+        self.open_streams()
         self.interactive = sys.stdin.isatty()
         console = self.interactive and sys.stdin is sys.__stdin__    # IDLE replaces stdin
-        self.modes = termios.tcgetattr(sys.stdin) if termios and console else None
         self.divided = (console and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-                        and os.system("") == 0)      # on Windows, turns escape codes on
-        with contextlib.suppress(AttributeError, OSError):   # what IDLE or Windows lacks
-            sys.stdin.reconfigure(errors="replace")
-            sys.stdout.reconfigure(errors="replace")
+                        and os.system("") == 0)      # on Windows this turns escape codes on
+        self.modes = termios.tcgetattr(sys.stdin) if termios and console else None
+        self.may_ask = threading.Lock()              # who ends the process takes it for good
+        self.height = sum(self.rows())               # at the last write
+        if readline and self.divided:
+            self.set_up_readline()
+        if self.divided:
+            self.write("\n" * INPUT_ROWS)            # make room: keep what the shell has shown
+
+    def open_streams(self):
+        """Make sure that input and output exist, and take any character."""
+        for name in ("stdin", "stdout", "stderr"):
+            if getattr(sys, name) is None:           # closed by whoever started us
+                setattr(sys, name, open(os.devnull, "r+"))
+        for stream in (sys.stdin, sys.stdout):
+            with contextlib.suppress(AttributeError):            # unknown in IDLE
+                stream.reconfigure(errors="replace")
+        with contextlib.suppress(AttributeError, OSError):       # unknown in IDLE and on Windows
             os.set_blocking(sys.stdout.fileno(), True)
-            print("\n" * INPUT_ROWS if self.rows() else "", end="", flush=True)      # make room
-            readline.parse_and_bind("set horizontal-scroll-mode on")     # long lines do not wrap
-            readline.parse_and_bind("bind ^L ed-redisplay" if "libedit" in readline.__doc__
-                                    else "Control-l: redraw-current-line")   # keep the rest
+
+    def set_up_readline(self):
+        """Keep a long line in its row, and the conversation on the screen at Ctrl-L."""
+        if "libedit" in (readline.__doc__ or ""):    # on macOS: another library, the same name
+            readline.parse_and_bind("bind ^L ed-redisplay")
+        else:
+            readline.parse_and_bind("set horizontal-scroll-mode on")
+            readline.parse_and_bind("Control-l: redraw-current-line")
 
     def rows(self):
-        """Return how many rows the conversation has; 0 where the screen cannot be divided."""
-        rows = os.get_terminal_size(sys.stdout.fileno()).lines if self.divided else 0
-        return rows - min(INPUT_ROWS, rows // 2) if rows > 2 else 0
+        """Return how many rows the conversation has, and the input; 0, 0 if there is one part."""
+        height = os.get_terminal_size(sys.stdout.fileno()).lines if self.divided else 0
+        below = min(INPUT_ROWS, height // 2)
+        return (height - below, below) if height > 2 else (0, 0)
 
-    def bottom(self):
-        """Return the codes (str) that clear the rows at the bottom and go to the first of them."""
-        return f"\033[{self.rows() + 1}H\033[J" if self.rows() else ""
+    def make_room(self, rows, below):
+        """Return the codes that keep `below` rows free below the cursor, if the height changed."""
+        # A terminal that is made lower moves the typed line to its last row. ESC D goes down a row,
+        # and scrolls at the bottom; CSI n A goes n rows up again.
+        before, self.height = self.height, sum(rows)
+        return f"{ESC}D" * below + f"{CSI}{below}A" if self.height != before and below else ""
+
+    def write(self, text):
+        """Write `text` (str) at once, in one piece; if that is impossible, end."""
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            self.end(1, f"cannot write: {error.strerror}")
 
     def show(self, text):
-        """Show `text` (str) below the rest of the conversation. Raises OSError."""
-        rows = self.rows()
+        """Show `text` (str) below the rest of the conversation."""
+        rows, below = self.rows()
         if not rows:
-            return print(text, flush=True)
-        # Save the cursor (ESC 7); let only the conversation scroll (CSI 1;n r); go to its last row
-        # (CSI n H), where "\n" scrolls it; undo that (CSI r); restore the cursor (ESC 8). All in
-        # one write: the stream and the terminal have a lock each, so nothing gets in between.
-        text = f"\0337\033[1;{rows}r\033[{rows}H\n{text}\033[r\0338".replace("\n", "\r\n")
-        sys.stdout.buffer.write(text.encode(sys.stdout.encoding, "replace"))
-        return sys.stdout.buffer.flush()
+            self.write(f"{text}\n")
+            return
+        text = text.replace("\n", "\r\n")
+        self.write(self.make_room((rows, below), below - 1)
+                   + f"{ESC}7"               # save the cursor
+                   + f"{CSI}1;{rows}r"       # from now on only the conversation scrolls
+                   + f"{CSI}{rows}H"         # go to its last row
+                   + f"\r\n{text}"           # the line feed scrolls it
+                   + f"{CSI}r"               # from now on the whole screen scrolls
+                   + f"{ESC}8")              # restore the cursor
+
+    def bottom(self):
+        """Return the codes that clear the rows at the bottom, and go to the first of them."""
+        rows, below = self.rows()                # after Enter the cursor is one row lower
+        return self.make_room((rows, below), below - 2) + f"{CSI}{rows + 1}H{CSI}J" if rows else ""
 
     def ask(self, prompt):
         """Return the next line typed (str). Raises EOFError, KeyboardInterrupt, OSError."""
-        print(self.bottom(), end="", flush=True)
-        return input(prompt if self.interactive else "").replace("\n", " ").translate(SAFE_TEXT)
+        with self.may_ask:                       # if the process is ending, wait for that: see end
+            self.write(self.bottom())
+        line = input(prompt if self.interactive else "")
+        return safe(line.replace("\n", " "))
 
-    def styled(self, text, style="2"):
-        """Return `text` with codes for a style (dim by default), if the screen wants them."""
+    def styled(self, text, style):
+        """Return `text` with codes for a style around it, if the terminal wants them."""
         wanted = self.divided and "NO_COLOR" not in os.environ
-        return f"\033[{style}m{text}\033[0m" if wanted else text
+        return f"{CSI}{style}m{text}{CSI}0m" if wanted else text
 
     def end(self, status, reason):
         """Say why, give the terminal back, and end the process, whatever its threads are doing."""
         try:
-            threading.Timer(1, os._exit, [status]).start()   # in case the output is stuck
-            print(self.bottom(), end="", flush=True)
-            line = f"client.py: {reason}" if status else self.styled(f"* {reason}")
-            print(line, file=sys.stderr if status else sys.stdout, flush=True)
+            threading.Timer(1, self.exit, [status]).start()      # in case the output is stuck
+            self.may_ask.acquire()
+            if self.divided:
+                print(self.bottom(), end="", flush=True)
+            if status:
+                print(f"client.py: {reason}", file=sys.stderr, flush=True)
+            else:
+                print(self.styled(f"* {reason}", "2"), flush=True)
+            time.sleep(0.05)     # main may just begin an input(), which sets the terminal's modes
         finally:
-            if self.modes:               # otherwise the shell would not echo what is typed
-                termios.tcsetattr(sys.stdin, termios.TCSANOW, self.modes)
-            os._exit(status)
+            self.exit(status)
+
+    def exit(self, status):
+        """Put the modes of the terminal back, or the shell would have no echo; end the process."""
+        if self.modes:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, self.modes)
+        os._exit(status)
+
+
+def safe(text):
+    """Return `text` with spaces for its tabs, and U+FFFD for what is UNSAFE."""
+    return UNSAFE.sub("\ufffd", text.replace("\t", " "))
 
 
 def connect(host, port):
@@ -237,33 +332,29 @@ def connect(host, port):
     except (OSError, UnicodeError) as error:         # UnicodeError: not even a host name
         why = getattr(error, "strerror", None) or error
         sys.exit(f"client.py: cannot connect to {host}:{port}: {why}; check the address and port")
-    sock.settimeout(None)
+    sock.settimeout(None)                            # from now on recv waits as long as it takes
     for name, value in SOCKOPTS.items():
         level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
-        with contextlib.suppress(AttributeError, OSError):   # unknown here, or refused
+        with contextlib.suppress(AttributeError, OSError):       # unknown here, or refused
             sock.setsockopt(level, getattr(socket, name), value)
     return sock
 
 
-def is_name(word):
-    """Return whether `word` is a name: letters, marks (not first) and digits of any script, _ -."""
-    kinds = ["L" if sign in "_-" else unicodedata.category(sign)[0] for sign in word]
-    return 0 < len(word) <= 20 and kinds[0] != "M" and set(kinds) <= {"L", "M", "N"}
-
-
 def main():
-    """Run the client. Exit status: 0 after leaving, or BYE once joined; 1 if it failed."""
+    """Run the client. Exit status: 0 after leaving, or BYE to a person; 1 if something failed."""
     parser = argparse.ArgumentParser(description="A chatroom client. Type /help for its commands.")
     parser.add_argument("host", help="address of the server, 127.0.0.1 for this machine")
     parser.add_argument("port", type=int, help="the server's port")
     parser.add_argument("--name", help="your name; asked for if not given")
     parser.add_argument("--room", help="the room to join; the server's oldest if not given")
     args = parser.parse_args()
-    if (args.port not in range(1, 65536) or args.name is not None and not args.name.strip()
-            or args.room is not None and not is_name(unicodedata.normalize("NFC", args.room))):
-        parser.error("port: 1 to 65535; --name: not empty; --room: 1 to 20 letters, digits, _ or -")
-    with contextlib.suppress(KeyboardInterrupt):     # while there is nothing to leave yet
-        Chat(connect(args.host, args.port), Screen()).run(args.name, args.room)
+    if not 1 <= args.port <= 65535:
+        parser.error("port: 1 to 65535")
+    try:
+        chat = Chat(connect(args.host, args.port), Screen())
+    except KeyboardInterrupt:
+        sys.exit(130)                                # see Chat.run
+    chat.run(args.name, args.room)
 
 
 if __name__ == "__main__":

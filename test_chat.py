@@ -2,21 +2,28 @@
 
     python -m pytest                      all of it
     python -m pytest -s -k fan_out        how fast it is on this machine
+    CHAT_SERVER="./server" python -m pytest -k rule       the protocol's rules, on another server
 
 A test starts its own server and reads like the protocol: `alice.says("MSG hi")`, `bob.hears("MSG
-alice hi")`. Waiting has a deadline. What Windows lacks (signals, a pseudo-terminal) is skipped.
+alice hi")`. Waiting has a deadline. What a system lacks is skipped there, with the reason.
+
+CHAT_SERVER is a command that gets options of server.py that it may ignore, and a port as its last
+argument. Its log is its own affair, and nobody edits it: tests that do so are skipped then.
 """
 import codecs
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import os
 import re
 import select
+import shlex
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -39,11 +46,15 @@ except ImportError:                                  # Windows
 HERE = Path(__file__).parent
 FOLDERS = tempfile.TemporaryDirectory()              # for edited scripts; removed in the end
 PATIENCE = 10        # seconds until something that should have happened counts as missing
+OTHER_SERVER = shlex.split(os.environ.get("CHAT_SERVER", ""))
 WINDOWS, GIL = os.name == "nt", getattr(sys, "_is_gil_enabled", lambda: True)()
 os.environ.pop("PYTHONUNBUFFERED", None)             # it would hide that a flush is missing
 os.environ["PYTHONIOENCODING"] = "utf-8"             # in pipes, where Windows has another one
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's & makes children ignore it
 needs_unix = pytest.mark.skipif(not resource, reason="needs signals, preexec_fn or resource")
+if resource:                                         # macOS allows 256 files at first
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most) if most > 0 else 4096, most))
 
 # ---- Helpers: processes, terminals, connections -------------------------------------------------
 def eventually(condition, what="it", seconds=PATIENCE):
@@ -78,6 +89,12 @@ def in_thread(function, *arguments):
 def as_text(pieces):
     return b"".join(pieces[:]).decode(errors="ignore").replace("\r\n", "\n")
 
+PORTS = itertools.count(20000 + os.getpid() % 10000)         # no system gives these to clients
+
+def free():
+    """Return a port at which nobody listens."""
+    return next(port for port in PORTS if socket.socket().connect_ex(("127.0.0.1", port)))
+
 class Process:
     """A script, started as a person starts it; `out` and `err` are what it has printed so far."""
     def __init__(self, *command, program=sys.executable, **more):
@@ -108,17 +125,25 @@ class Process:
         self.popen.kill()
         self.popen.wait()
 
+    def comes_up(self):
+        """Wait until it can be used: see start."""
+
     def measured(self, what):
-        """Return "cpu" (s), "files" (how many), "VmRSS" or "VmHWM" (KiB); 0 without /proc."""
+        """Return "cpu" (s), "files" (how many), "VmRSS" or "VmHWM" (KiB); None without /proc."""
         proc = Path(f"/proc/{self.popen.pid}")
         if WINDOWS or not proc.exists():             # Wine has one, but with other numbers
-            return 0
+            return None
         if what == "files":
             return len(os.listdir(proc / "fd"))
         if what == "cpu":
             ticks = map(int, (proc / "stat").read_text().split()[13:15])
             return sum(ticks) / os.sysconf("SC_CLK_TCK")
         return int(re.search(rf"{what}:\s+(\d+)", (proc / "status").read_text())[1])
+
+    def used(self, what, before=0):
+        """Return how much more that is than before. To be asked last: it may skip the test."""
+        now = self.measured(what)
+        return pytest.skip(f"all is right but {what}, unknown here") if now is None else now - before
 
 class Screen:
     """What a terminal shows of what is written to it: rows, a cursor, what has scrolled away."""
@@ -262,20 +287,56 @@ REMOTE = "import argparse\n", """import argparse, signal, sys, threading
 threading.Thread(target=lambda: [signal.raise_signal(2) for _ in sys.stdin], daemon=True).start()
 """
 
+@functools.lru_cache()
+def can_break():
+    """Return whether a process here can be sent Ctrl-Break. (Wine cannot do that.)"""
+    group = subprocess.CREATE_NEW_PROCESS_GROUP
+    with Popen([sys.executable, "-c", "input()"], stdin=PIPE, creationflags=group) as process:
+        try:
+            process.send_signal(signal.CTRL_BREAK_EVENT)
+            return True
+        except OSError:
+            return False
+        finally:
+            process.kill()
+
 class Server(Process):
-    """A server that listens."""
+    """A server that listens: server.py, a copy of it with edits, or CHAT_SERVER."""
     def __init__(self, *arguments, edits=(), **more):
-        edits, more = ([*edits, REMOTE], {"stdin": PIPE, **more}) if WINDOWS else (edits, more)
-        script = edited("server.py", *edits) if edits else "server.py"
-        super().__init__(script, 0, *arguments, **more)
-        self.peers = []                              # which keeps their connections open
-        self.port = int(self.logs(r" listening on \S+:(\d+) ")[1])
+        self.peers, self.port, program = [], None, sys.executable    # peers: so they stay open
+        command = ["server.py", 0, *arguments]
+        if OTHER_SERVER:
+            self.port, program = free(), OTHER_SERVER[0]
+            command = [*OTHER_SERVER[1:], *arguments, self.port]
+            if edits:
+                pytest.skip("needs an edited server.py")
+        elif WINDOWS and can_break():
+            more["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
+        elif WINDOWS:
+            edits, more = [*edits, REMOTE], {"stdin": PIPE, **more}
+        if edits:
+            command[0] = edited("server.py", *edits)
+        super().__init__(*command, program=program, **more)
+
+    def comes_up(self):
+        if self.port:
+            eventually(lambda: not socket.socket().connect_ex(("127.0.0.1", self.port)), "a server")
+        else:
+            self.port = int(self.logs(r" listening on \S+:(\d+) ")[1])
+
+    @property
+    def log(self):
+        """What it has logged so far."""
+        return pytest.skip("looks into the log of server.py") if OTHER_SERVER else self.err
 
     def interrupt(self, signum=signal.SIGINT):
-        """Close it, as Ctrl-C or another signal does. (Windows sends no Ctrl-C along a pipe.)"""
+        """Close it, as Ctrl-C or another signal does. On Windows that is Ctrl-Break, or an edit."""
         if WINDOWS and signum != signal.SIGINT:
             pytest.skip("needs signals")
-        return self.types("\n") if WINDOWS else self.popen.send_signal(signum)
+        if self.popen.stdin:
+            self.types("\n")
+        else:
+            self.popen.send_signal(signal.CTRL_BREAK_EVENT if WINDOWS else signum)
 
     def connect(self, **options):
         self.peers.append(Peer(self.port, **options))
@@ -294,15 +355,16 @@ class Server(Process):
         return peers
 
     def logs(self, pattern, seconds=PATIENCE):
-        return eventually(lambda: re.search(pattern, self.err, re.M),
-                          lambda: f"{pattern!r} in the log:\n{self.err}", seconds)
+        return eventually(lambda: re.search(pattern, self.log, re.M),
+                          lambda: f"{pattern!r} in the log:\n{self.log}", seconds)
 
     def has_clients(self, count):
         """So many threads are left, says the log, and sockets (and 0, 1, 2 and the listener)."""
-        eventually(lambda: self.err.count(" starts\n") - self.err.count("thread ends: ") == count
-                   and self.measured("files") in (4 + 2 * count, 0), lambda: (count, self.err))
+        eventually(lambda: self.log.count(" starts\n") - self.log.count("thread ends: ") == count
+                   and self.measured("files") in (4 + 2 * count, None), lambda: (count, self.log))
 
 class ServerAtTerminal(Server, Terminal):
+    """The same at a terminal, which shows its log, too."""
     err = Process.out
 
 class Peer:
@@ -369,6 +431,7 @@ def starting():
     def start(process, *arguments, **more):
         process = process(*arguments, **more)
         stack.callback(process.stop)
+        process.comes_up()
         return process
     with contextlib.ExitStack() as stack:
         yield start
@@ -410,7 +473,6 @@ def test_rule_1_rooms(fast):
     carol.asks("JOIN cora\nJOIN cora dEN", "WELCOME Den cora .*", "ERROR .*already.*")
     bob.hears("JOINED cleo", "LEFT cleo", "JOINED cora")
     bob.asks("JOIN bob tea\nJOIN ben", "WELCOME tea bob .*", "WELCOME tea ben .*")    # his room
-    assert fast.err.count("room lobby created") == fast.err.count("room lobby deleted") == 1
 
 NAMES = [*"a An_Lee-2 Ünïcödé 名前 Имя ١٢ _ हिन्दी अनीता สุดา தமிழ் José".split(), "x" * 20, "ñ" * 20]
 NOT_NAMES = ["x" * 21, "a.b", "a=b", "a ☃", "a/b", "a b c", "a\x1b[2J", "a\x00", "a b\u202e",
@@ -505,9 +567,9 @@ def test_rule_6_without_end(fast):
         bob.says(f"MSG {n}")
     alice.sends(b"\nMSG ok\n")
     bob.hears("MSG alice ok")
-    assert fast.measured("VmRSS") - before < 512
     heard = sorted(alice.line() for _ in range(9))
     assert heard[0].startswith("ERROR ") and heard[1:] == [f"MSG bob {n}" for n in range(8)]
+    assert fast.used("VmRSS", before) < 512
 
 def test_rule_9_max_clients(start):
     server = start(Server, "--max-clients", 2)
@@ -566,15 +628,14 @@ def test_rule_10_slow_readers(fast):
     for _ in range(64):                              # 1 MiB in all
         alice.says(*[f"MSG {'x' * 1000}"] * 16)
         for _ in range(16):
-            bob.hears_sometime("MSG alice x{1000}", 0.25)
-    assert fast.measured("VmRSS") - before < 1024
+            bob.hears_sometime("MSG alice x{1000}")
     alice.hears("JOINED bob")
     alice.hears_sometime("LEFT slow", 1)
-    fast.logs("dropped: not reading")
     slow.hears("JOINED bob", "MSG alice x+")         # what did fit arrives, then the end
     fast.join("slow")
+    assert fast.used("VmRSS", before) < 1024
 
-def test_rule_10_the_first_reason_stays(fast):
+def test_log_first_reason_stays(fast):
     """The log says why it was dropped, though its own thread sees the end of file first."""
     alice, slow = fast.join_all("alice", "slow", receive_buffer=4096)
     alice.says(*[f"MSG {'x' * 1000}"] * 1000)
@@ -641,9 +702,8 @@ def test_rule_11_a_flood_ends(start):
     alice.asks("JOIN ghost", "WELCOME .*")
 
 # ---- Leaving and closing ------------------------------------------------------------------------
-@pytest.mark.parametrize("end, reason", [("resets", "" if WINDOWS else "connection lost"),
-    ("half_closes", "end of file"), ("hangs_up", "end of file")])
-def test_rule_8_one_way_out(fast, end, reason):
+@pytest.mark.parametrize("end", ["resets", "half_closes", "hangs_up"])
+def test_rule_8_one_way_out(fast, end):
     """What it has said is delivered, except after a reset; it leaves once; its name is free."""
     alice, bob = fast.join_all("alice", "bob")
     said = [f"MSG bob {n}" for n in range(50)]
@@ -652,8 +712,16 @@ def test_rule_8_one_way_out(fast, end, reason):
     getattr(bob, end)()
     alice.hears_nothing_but(*said * (end != "resets"), "LEFT bob")
     fast.join("bob")
+
+@pytest.mark.parametrize("end, reason", [("resets", "" if WINDOWS else "connection lost"),
+    ("half_closes", "end of file"), ("hangs_up", "end of file")])
+def test_log_says_why(fast, end, reason):
+    alice, bob = fast.join("alice"), fast.join("bob")
+    getattr(bob, end)()
+    alice.hears("JOINED bob", "LEFT bob")
     fast.logs(f"client-2 +thread ends: {reason}")
-    fast.has_clients(2)
+    fast.has_clients(1)
+    assert fast.log.count("room lobby created") == 1 and "deleted" not in fast.log
 
 def test_rule_8_leave_in_the_middle(fast):
     """Of many requests in one segment each is answered in its turn, and none after LEAVE."""
@@ -678,8 +746,13 @@ def test_rule_12_closing_while_all_stay(start, name, terminal=None):
     for peer in peers:
         peer.hears("BYE the server is closing", None)
     assert server.status(end - time.monotonic()) == 0
-    assert terminal or server.err.count("thread ends: the server is closing") == 6
-    assert terminal or re.search(r"main +closing: .*\n(.*\n)*.*main +closed\n\Z", server.err)
+
+def test_log_of_closing(server):
+    server.join_all("alice", "bob")
+    server.interrupt()
+    assert server.status() == 0
+    assert server.log.count("thread ends: the server is closing") == 2
+    assert re.search(r"main +closing: .*\n(.*\n)*.*main +closed\n\Z", server.log)
 
 @mostly_waits()
 def test_rule_12_closing_in_the_middle_of_it(start):
@@ -713,7 +786,6 @@ def test_rule_12_nohup(start):
     server = start(Server, preexec_fn=ignored)
     server.interrupt(signal.SIGHUP)
     server.join("alice").hears_nothing_but()
-    assert "closing" not in server.err
     server.interrupt(signal.SIGTERM)
     assert server.status(3) == 0
 
@@ -744,7 +816,7 @@ def test_rule_12_two_signals_at_once(start, first, second):
         peer.hangs_up()
     assert server.status(3) in (0, int(first == second == "SIGINT"))
     story = r"\d\d:\d\d:\d\d (main|client-\d) +(Chat|con|room|p\d|thread|clos).*"
-    assert all(re.fullmatch(story, line) for line in server.err.splitlines()), server.err
+    assert OTHER_SERVER or all(re.fullmatch(story, line) for line in server.log.splitlines())
 
 def test_rule_13_keepalive(start):
     """TCP is asked, at both ends, to notice when a machine vanishes. (It takes half a minute.)"""
@@ -771,7 +843,7 @@ def test_rule_14_an_error_in_the_server(start, edit, request):
     server = start(Server, edits=[edit])
     alice, bob = server.join_all("alice", "bob")
     bob.says(request)
-    server.logs("(ZeroDivision|Assertion)Error", 0.5)
+    server.logs("(ZeroDivision|Assertion)Error")
     bob.hears("BYE an error in the server", None)
     alice.hears("LEFT bob")
     server.join("bob").asks("WHO", "WHO alice bob")
@@ -810,16 +882,16 @@ def test_log_that_nobody_reads(start):
     ben.hears(*(f"MSG ann secret {n}" for n in range(20)))
     server.types("\x11")                             # Ctrl-Q
     server.logs("client-22 +thread ends")
-    assert server.err.count(" is now ann") == 1500 and "secret" not in server.err
+    assert server.log.count(" is now ann") == 1500 and "secret" not in server.log
     lines = ("room den created", "joined den", "left den", "room den deleted")
-    assert {server.err.count(line) for line in lines} == {20}
+    assert {server.log.count(line) for line in lines} == {20}
 
 def test_log_of_a_rename_and_of_nonsense(fast):
     ann = fast.join("ann")
     ann.asks("nonsense\n" * 100 + "JOIN ann\nJOIN Anna\nLEAVE", *["ERROR .*"] * 101,
              "WELCOME .*", "BYE .*", None)
     fast.logs("ann joined lobby\n.* ann is now Anna\n.* Anna left lobby\n")
-    assert fast.err.count("\n") < 10
+    assert fast.log.count("\n") < 10
 
 def test_trace_of_messages_in_a_row(start):
     """Messages that arrive together leave together, though there are empty lines between."""
@@ -833,12 +905,12 @@ def test_trace(start):
     server = start(Server, "--trace")
     alice, bob = server.join_all("alice", "bob")
     server.logs(r"client-2 +releases the lock\n\Z")
-    before = len(server.err)
+    before = len(server.log)
     alice.says("MSG hi")
     bob.hears("MSG alice hi")
     expected = re.sub("..:..:..", "..:..:..", re.escape(README["One message"]["trace"][0]))
-    eventually(lambda: re.fullmatch(expected, server.err[before:]), lambda: server.err[before:])
-    assert not re.search("main .* the lock", server.err)
+    eventually(lambda: re.fullmatch(expected, server.log[before:]), lambda: server.log[before:])
+    assert not re.search("main .* the lock", server.log)
 
 WRONG = {
     "server.py": {"": "required: port", "x": "port: invalid", "-1": "port: 0 to", "65536": "port: 0 to",
@@ -855,8 +927,8 @@ def test_wrong_arguments(start, script, words, message):
     assert process.status() == 2 and not process.out
     assert re.fullmatch(rf"usage: {script} (.*\n)+{script}: error: .*{message}.*\n", process.err)
 
-@mostly_waits(*itertools.product(["server.py"], ["192.0.2.1", "a..b", "x" * 70, "127.0.0.1"]),
-              *itertools.product(["client.py"], ["no.such", "ä..x", "x" * 70, "127.0.0.1"]))
+@mostly_waits(("server.py", "192.0.2.1"), ("server.py", "127.0.0.1"), ("client.py", "ä..x"),
+              ("client.py", "127.0.0.1"))
 def test_cannot_listen_or_connect(start, script, host):
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))                 # but not listening
@@ -876,6 +948,9 @@ class Liar(Peer):
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.listener.settimeout(PATIENCE)
         self.port, self.buffer = self.listener.getsockname()[1], b""
+
+    def comes_up(self):
+        pass
 
     def accepts(self):
         self.sock, _ = self.listener.accept()
@@ -1082,11 +1157,12 @@ def test_client_and_a_line_without_end(start):
         liar.sends(b"MSG " + b"x" * 256 * 1024)
     liar.sends(b"\nMSG bob " + b"y" * 60000 + b"\nMSG bob short\nMSG bob cut o")
     eventually(lambda: "bob: short" in robot.out)
-    assert robot.measured("VmHWM") < 24 * 1024
+    memory = robot.measured("VmHWM")
     liar.half_closes()
     assert robot.status() == 1 and robot.err == NO_BYE
     assert robot.out.endswith("bob: " + "y" * 60000 + "\nbob: short\n") and "x" not in robot.out
     assert robot.out.count("overlong") == 1
+    assert memory < 24 * 1024 if memory else pytest.skip("all is right but memory, unknown here")
 
 # ---- The client at a terminal, and what a person sees of it -------------------------------------
 def sit_down(start, server, name="ann", script="client.py", **more):
@@ -1267,7 +1343,7 @@ def test_client_flooded_by_the_server(start):
     for number in range(5):
         ann.types(f"typed {number}\r")
         liar.hears_sometime(f"MSG typed {number}", 1)
-    assert ann.measured("VmHWM") < 24 * 1024
+    assert (ann.measured("VmHWM") or 0) < 24 * 1024  # a terminal without /proc: macOS
     liar.half_closes()
     assert ann.status() == 1
 
@@ -1277,8 +1353,8 @@ DOING = {"at the prompt": "", "in half a line": "half a line", "waiting for an a
          "in a send": "x" * 1000 + "\25" + "\31\r" * 300}
 
 @mostly_waits(*itertools.product(("half_closes", "stop"), DOING))
-def test_client_ends_at_once(start, ending, doing):
-    """Whatever it is doing, it shows messages, and ends within 0.3 s without a key."""
+def test_client_ends_without_a_key(start, ending, doing):
+    """Whatever it is doing, it shows messages, and ends without a key."""
     liar = start(Liar)
     ann = sit_down(start, liar)
     ann.types(DOING[doing])
@@ -1286,9 +1362,9 @@ def test_client_ends_at_once(start, ending, doing):
     before = ann.measured("cpu")
     liar.says("MSG bob hi")
     ann.shows("bob: hi")
-    assert ann.measured("cpu") - before < 0.1, "waiting costs nothing"
+    assert before is None or ann.measured("cpu") - before < 0.1, "waiting costs nothing"
     getattr(liar, ending)()
-    assert ann.status(0.3) == 1, doing
+    assert ann.status() == 1, doing
     assert ann.err.endswith(NO_BYE)                  # readline has its bell there
     assert ann.leaves_terminal_as_it_was(), doing
 
@@ -1349,11 +1425,6 @@ for title, name, language, block in re.findall(
         block = script, *("\n" + re.sub(rf"^[{sign}].*\n|^.", "", block, flags=re.M)
                           for sign in "+-")
     README.setdefault(heading, collections.defaultdict(list))[language].append(block)
-PORTS = itertools.count(20000 + os.getpid() % 10000)         # no system gives these to clients
-
-def free():
-    return next(port for port in PORTS if socket.socket().connect_ex(("127.0.0.1", port)))
-
 PROGRAMS = f"""python() {{ exec "{sys.executable}" "$@"; }}
 nc() {{
     until exec 3<>/dev/tcp/$1/$2; do sleep 0.05; done 2> /dev/null
@@ -1434,7 +1505,7 @@ class Replay:
             assert terminal.out == before
         elif cell == "(a processor is busy)":        # half of one, for half a second
             begin = terminal.measured("cpu")
-            eventually(lambda: not begin or terminal.measured("cpu") - begin > 0.25, cell,
+            eventually(lambda: begin is None or terminal.measured("cpu") - begin > 0.25, cell,
                        self.patience)
         elif cell[0] != "(":
             terminal.expected.append(cell)
@@ -1537,7 +1608,7 @@ def conversation(server, *names):
     peers[0].says("ROOMS", "WHO")
     peers[0].hears_sometime(f"ROOMS lobby={len(names)}")
     peers[0].hears_sometime(f"WHO {' '.join(names)}")
-    assert "Traceback" not in server.err
+    assert "Traceback" not in server.log
 
 def flood(peer, line):
     end, block = time.monotonic() + 0.3, line * (8192 // len(line))
@@ -1558,10 +1629,10 @@ def test_many_flooders(server, lines):
         flooders = [server.join(f"flooder{n}") for n in range(len(lines))]
         at_once(flood, *((peer, line.replace(b"%d", b"%d" % n))
                          for n, (peer, line) in enumerate(zip(flooders, lines))))
-        assert "dropped" not in server.err and "ends" not in server.err
+        assert "dropped" not in server.log and "ends" not in server.log
         for peer in flooders:
             (peer.hangs_up if lines is MESSAGES else peer.resets)()
-        eventually(lambda: server.err.count("thread ends") == len(lines), "all to leave")
+        eventually(lambda: server.log.count("thread ends") == len(lines), "all to leave")
 
 def test_ninety_at_once_with_long_names(start):
     """What they say while they wait for the lock is more than a send buffer holds."""
@@ -1589,10 +1660,10 @@ def test_few_files_or_threads(start, limit, value, message):
     alice = server.join("alice")
     crowd = [server.connect() for _ in range(60)]
     server.logs(message)
-    before, lines = server.measured("cpu"), server.err.count("cannot accept")
+    before, lines = server.measured("cpu"), server.log.count("cannot accept")
     time.sleep(0.8)                                  # the time in which it is measured
-    assert server.measured("cpu") - before < 0.1
-    assert server.err.count("cannot accept") - lines <= 2
+    assert before is None or server.measured("cpu") - before < 0.1
+    assert server.log.count("cannot accept") - lines <= 2
     for peer in crowd:
         peer.hangs_up()
     server.has_clients(1)
@@ -1625,8 +1696,7 @@ def test_saboteurs(start):
         server.has_clients(3)
         before = server.measured("VmRSS")
         at_once(sabotage, *((server, number, 500) for number in range(5)))
-        limit = 1024 if GIL else 16384               # KiB; without the GIL it is freed later
-        assert server.measured("VmRSS") - before < limit
+    assert server.used("VmRSS", before) < (1024 if GIL else 16384)   # KiB; freed later without it
 
 @pytest.mark.parametrize("clients, talkers, rounds", [(50, 10, 30), (300, 5, 6)])
 def test_fan_out(start, clients, talkers, rounds):
@@ -1634,8 +1704,8 @@ def test_fan_out(start, clients, talkers, rounds):
     server = start(Server, "--rate", 0, "--max-clients", 300)
     before, peers = server.measured("VmRSS"), server.join_all(*(f"p{n}" for n in range(clients)))
     for peer in peers:
-        peer.sock.settimeout(None)                   # a deadline would be part of the delay
-    memory, delays = (server.measured("VmRSS") - before) / clients, []
+        peer.sock.settimeout(PATIENCE)
+    memory, delays = None if before is None else server.used("VmRSS", before) // clients, []
     for n, talker in itertools.product(range(rounds), peers[:talkers]):
         said = time.monotonic()
         talker.says(f"MSG {n}")
@@ -1645,4 +1715,4 @@ def test_fan_out(start, clients, talkers, rounds):
     median, worst = (1000 * sorted(delays)[index] for index in (len(delays) // 2, -1))
     print(f"\n{clients} clients, {len(delays)} messages: "
           f"{len(delays) * (clients - 1) / sum(delays):,.0f} deliveries/s, delay until all have "
-          f"it: median {median:.2f} ms, worst {worst:.2f} ms; lost: 0; {memory:.0f} KiB a client")
+          f"it: median {median:.2f} ms, worst {worst:.2f} ms; lost: 0; {memory} KiB a client")

@@ -5,9 +5,9 @@
     echo "hello from a script" | python client.py 127.0.0.1 12345 --name robot
 
 The main thread waits for a line to be typed, and sends it. The reader thread waits for lines from
-the server, and shows them. Each has its own part of the screen: you type in the bottom rows, the
-conversation scrolls above them. When the connection ends, the main thread waits in input(), and no
-other thread can wake it on every system: so the reader thread ends the whole process.
+the server, and shows them. At a terminal you type in the bottom rows, and the conversation scrolls
+above them. When the connection ends, the main thread still waits in input(). No thread can wake it,
+at least not on every system; so the reader thread ends the whole process.
 """
 import argparse
 import contextlib
@@ -29,21 +29,11 @@ HELP = """\
 /rooms      which rooms are there?
 /join ROOM  go to another room; it is created if necessary
 /name NAME  take another name
-/quit       leave; so does Ctrl-D (Windows: Ctrl-Z, Enter)
+/quit       leave; so do Ctrl-C and Ctrl-D (Windows: Ctrl-Z, Enter)
 //text      say "/text"; anything else is sent as a message"""
-MAX_REQUEST = 1024                       # bytes in a line to the server: see server.py
-MAX_LINE = 64 * 1024                     # bytes in a line from the server that is shown
-CONNECT_SECONDS = 10                     # how long to wait for a connection
-POLL_SECONDS = 0.5                       # Windows notices Ctrl-C only between two waits
-INPUT_ROWS = 3                           # at the bottom of the screen, for what is being typed
-# Socket options, see server.py. TCP_USER_TIMEOUT is not among them: it would end the connection of
-# somebody whom the server reads at a slow pace. A small send buffer lets no long queue build up.
-SOCKOPTS = {"SO_SNDBUF": 64 * 1024, "SO_RCVBUF": 64 * 1024, "SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 20,
-            "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-# What must never reach a terminal, whatever the server sends: see server.py.
-UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]   # of 256: legible on white and on black
-ESC, CSI = "\033", "\033["               # the beginnings of codes for the terminal
+MAX_REQUEST = 1024           # bytes in a line to the server, its ending not counted
+MAX_LINE = 64 * 1024         # bytes in a line from the server; a longer one is not shown
+POLL_SECONDS = 0.5           # how long main waits at a time; on Windows Ctrl-C is noticed then
 
 
 class Chat:
@@ -52,36 +42,38 @@ class Chat:
         self.sock = sock
         self.screen = screen
         self.name = ""                       # our name, as the last WELCOME said
-        self.refusal = ""                    # why the last JOIN was refused; empty if it was not
-        self.answered = threading.Event()    # set when the answer to JOIN is here
-        self.has_left = False                # all has been said, and LEAVE comes next
-        # These need no lock. The first three are set by the reader thread only; main looks at them
-        # when it has waited for `answered`. Only main sends, and sets `has_left`; only the reader
-        # thread receives. Both use the screen: see there.
+        self.refusal = ""                    # why the last JOIN was refused; "" if it was not
+        self.answered = threading.Event()    # set when the answer to JOIN has come
+        self.has_left = False                # whether all is said, and LEAVE comes next
+        # Why this needs no lock: only the reader thread writes `name` and `refusal`, and main reads
+        # them after it has waited for `answered`. Only main writes `has_left`, before LEAVE, whose
+        # answer lets the reader read it. Only main sends on the socket, only the reader receives.
 
     def run(self, name, room):
         """Join, send what is typed, leave. Does not return: see Screen.end."""
         threading.Thread(target=self.read, name="reader", daemon=True).start()
         try:
-            self.enter(name, room)
-            self.talk()
-        except EOFError:                     # Ctrl-D, or the end of a script's input
-            pass
+            try:
+                self.enter(name, room)
+                self.talk()
+            except EOFError:                 # Ctrl-D, or the end of a script's input
+                pass
+            self.has_left = True
+            self.send("LEAVE")               # the answer is BYE
+            self.wait_for_the_end()
         except KeyboardInterrupt:
-            if self.name:
+            if self.name and self.screen.interactive:
                 self.screen.end(0, "you have left")
-            self.screen.end(130, "interrupted")          # 128 + SIGINT, as a shell expects
-        except OSError as error:
-            self.screen.end(1, f"cannot read what is typed: {error.strerror}")
-        self.has_left = True
-        self.send("LEAVE")
-        self.wait_for_the_end()              # the server answers with BYE
+            else:
+                self.screen.end(130, "interrupted")      # 128 + SIGINT, as a shell expects
+        except OSError as error:             # of the keyboard or the screen
+            self.screen.end(1, f"cannot read or write: {error.strerror}")
 
     def enter(self, name, room):
         """Join. If that is refused a person is asked for another name; a script ends."""
         if not name and self.screen.interactive:
             name = self.screen.ask("Your name: ")
-        while not self.join(name or "", room):
+        while not self.join(name, room):
             if not self.screen.interactive:
                 self.screen.end(1, f"{self.refusal}; start again with another --name or --room")
             name = self.screen.ask("Your name: ")
@@ -109,31 +101,34 @@ class Chat:
                 self.screen.show(f"* unknown command or wrong arguments: {line}; see /help")
 
     def say(self, text):
-        """Send `text` as MSG; if too long, as several, never cutting a character in two."""
+        """Send `text` as MSG; if it is too long, as several."""
         data = text.encode("utf-8", "replace")
         while data.strip():
-            piece = data[:MAX_REQUEST - len("MSG ")].decode("utf-8", "ignore")   # no half character
-            self.send(f"MSG {piece}")
-            if self.screen.rows()[0]:        # the typed line will vanish; and the server does not
-                self.show_message(self.name, piece)          # send us what we have said
+            piece = data[:MAX_REQUEST - len("MSG ")]
+            piece = piece.decode("utf-8", "ignore")      # drops a character that was cut in two
             data = data[len(piece.encode()):]
+            self.send(f"MSG {piece}")
+            # The server does not send us what we have said. What was typed stays on the screen,
+            # unless it is divided: then the rows at the bottom are cleared.
+            if self.screen.size() != (0, 0):
+                self.show_message(self.name, piece)
 
-    def join(self, name, room=None):
+    def join(self, name, room=""):
         """Send JOIN and wait for the answer; return whether it was WELCOME."""
         name = "_".join(name.split())        # a second word would be a room
         if room and not name:                # JOIN takes no room without a name
             name = f"guest{random.randrange(10 ** 6)}"
-        self.answered.clear()                # what has not been asked for is no answer
-        self.send(f"JOIN {name} {room or ''}".rstrip())
+        self.answered.clear()                # an ERROR that has come before is not the answer
+        self.send(f"JOIN {name} {room}".strip())
         while not self.answered.wait(POLL_SECONDS):
-            pass                             # in steps, see there
+            pass
         return not self.refusal
 
     def send(self, request):
         """Send one request (str)."""
         try:
             self.sock.sendall(request.encode("utf-8", "replace") + b"\n")
-        except OSError:                      # the connection has ended: there may still be a BYE
+        except OSError:                      # the reader thread sees why, maybe from a last BYE
             self.wait_for_the_end()
 
     def wait_for_the_end(self):
@@ -145,21 +140,27 @@ class Chat:
         """Show what the server sends until its BYE or the end of the connection; then end."""
         unfinished = b""
         try:
-            while True:
-                data = self.sock.recv(MAX_LINE)
-                if data == b"":
-                    break
+            data = self.receive()
+            while data:
                 # Cut at newlines, as the server does; what follows the last one has no end yet.
                 lines = (unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
                 unfinished = lines.pop()[:2 * MAX_LINE]
                 for line in lines:
                     text = safe(line.decode("utf-8", "replace"))
-                    self.hear(text if len(line) <= MAX_LINE else "overlong line omitted")
-        except OSError:                      # a reset is an end, too
-            pass
+                    self.hear(text if len(line) <= MAX_LINE else "(a line that is too long)")
+                data = self.receive()
+            self.screen.end(1, "the connection has ended without BYE")
+        except OSError as error:             # of the screen
+            self.screen.end(1, f"cannot write: {error.strerror}")
         except Exception:                    # a mistake in this program
             self.screen.end(1, traceback.format_exc())
-        self.screen.end(1, "the connection has ended without BYE")
+
+    def receive(self):
+        """Return what the server sends (bytes); b"" when the connection has ended, or was reset."""
+        try:
+            return self.sock.recv(MAX_LINE)
+        except OSError:
+            return b""
 
     def hear(self, line):
         """Show a line from the server (str). Note the answer to JOIN. End at BYE."""
@@ -173,7 +174,7 @@ class Chat:
             self.show_notice(f"* {greeting} You are {self.name} in {room}.")
             self.note_answer("")
         elif verb == "ERROR":
-            if self.name or self.screen.interactive:         # else it is the last line: see enter
+            if self.name or self.screen.interactive:         # otherwise `enter` shows it
                 self.show_notice(f"! {rest}")
             self.note_answer(rest)
         elif verb in ("JOINED", "LEFT"):
@@ -193,37 +194,48 @@ class Chat:
         self.answered.set()
 
     def bye(self, reason):
-        """End. That has failed if we never joined, or if a script had more to say."""
-        failed = not self.has_left and not (self.name and self.screen.interactive)
-        self.screen.end(int(failed), "you have left" if self.has_left else reason)
+        """End, with status 1 if we have not joined, or if a script had more to say."""
+        if self.has_left:
+            self.screen.end(0, "you have left")
+        elif self.name and self.screen.interactive:
+            self.screen.end(0, reason)
+        else:
+            self.screen.end(1, reason)
 
     def show_message(self, name, text):
         """Show what somebody says; each name has a colour of its own."""
         colour = COLOURS[sum(name.casefold().encode()) % len(COLOURS)]
-        self.screen.show(f"{self.screen.styled(name, f'38;5;{colour}')}: {text}")
+        name = self.screen.styled(name, f"38;5;{colour}")
+        self.screen.show(f"{name}: {text}")
 
     def show_notice(self, text):
         """Show what is not a message, dimmed."""
         self.screen.show(self.screen.styled(text, "2"))
 
 
+# ---- The terminal --------------------------------------------------------------------------------
+INPUT_ROWS = 3                           # at the bottom, for what is being typed
+COLOURS = [27, 28, 30, 31, 64, 98, 129, 130, 161, 163]   # of 256: legible on white and on black
+ESC, CSI = "\033", "\033["               # the beginnings of codes for the terminal
+
+
 class Screen:
     """The terminal. You type in the rows at the bottom; above them the conversation scrolls."""
-    # Both threads write here, each to its own part, and always with one write: so nothing gets in
-    # between. Whatever edits the typed line (readline, the Windows console) never learns of a
-    # message, which leaves those rows and the cursor as they were.
+    # Both threads write here, each time with one write, which leaves the cursor where it was: so
+    # nothing gets in between, and whatever edits the typed line (readline, the Windows console)
+    # never notices that the other thread has shown a message.
     def __init__(self):
         self.open_streams()
         self.interactive = sys.stdin.isatty()
         console = self.interactive and sys.stdin is sys.__stdin__    # IDLE replaces stdin
-        self.divided = (console and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-                        and os.system("") == 0)      # on Windows this turns escape codes on
+        self.divisible = (console and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+                          and os.system("") == 0)    # on Windows this turns escape codes on
         self.modes = termios.tcgetattr(sys.stdin) if termios and console else None
-        self.may_ask = threading.Lock()              # who ends the process takes it for good
-        self.height = sum(self.rows())               # at the last write
-        if readline and self.divided:
+        self.ending = threading.Lock()               # see end
+        self.height = sum(self.size())               # of the terminal, at the last write
+        if readline and self.divisible:
             self.set_up_readline()
-        if self.divided:
+        if self.divisible:
             self.write("\n" * INPUT_ROWS)            # make room: keep what the shell has shown
 
     def open_streams(self):
@@ -245,35 +257,37 @@ class Screen:
             readline.parse_and_bind("set horizontal-scroll-mode on")
             readline.parse_and_bind("Control-l: redraw-current-line")
 
-    def rows(self):
-        """Return how many rows the conversation has, and the input; 0, 0 if there is one part."""
-        height = os.get_terminal_size(sys.stdout.fileno()).lines if self.divided else 0
-        below = min(INPUT_ROWS, height // 2)
-        return (height - below, below) if height > 2 else (0, 0)
+    def size(self):
+        """Return how many rows the conversation has, and the input; 0, 0 if it is not divided."""
+        height = os.get_terminal_size(sys.stdout.fileno()).lines if self.divisible else 0
+        if height < 3:
+            return 0, 0
+        input_rows = min(INPUT_ROWS, height // 2)
+        return height - input_rows, input_rows
 
-    def make_room(self, rows, below):
-        """Return the codes that keep `below` rows free below the cursor, if the height changed."""
-        # A terminal that is made lower moves the typed line to its last row. ESC D goes down a row,
-        # and scrolls at the bottom; CSI n A goes n rows up again.
-        before, self.height = self.height, sum(rows)
-        return f"{ESC}D" * below + f"{CSI}{below}A" if self.height != before and below else ""
+    def make_room(self, free):
+        """Return codes (str) that keep `free` rows free below the cursor in a window made lower."""
+        # The terminal has moved the cursor up with the last row. ESC D goes a row down, and scrolls
+        # if there is none; CSI n A goes n rows up again.
+        height = sum(self.size())
+        if height == self.height or free < 1:
+            return ""
+        self.height = height
+        return f"{ESC}D" * free + f"{CSI}{free}A"
 
     def write(self, text):
-        """Write `text` (str) at once, in one piece; if that is impossible, end."""
-        try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        except OSError as error:
-            self.end(1, f"cannot write: {error.strerror}")
+        """Write `text` (str) at once, in one piece. Raises OSError."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
     def show(self, text):
-        """Show `text` (str) below the rest of the conversation."""
-        rows, below = self.rows()
+        """Show `text` (str) below the rest of the conversation. Raises OSError."""
+        rows, input_rows = self.size()
         if not rows:
             self.write(f"{text}\n")
             return
         text = text.replace("\n", "\r\n")
-        self.write(self.make_room((rows, below), below - 1)
+        self.write(self.make_room(input_rows - 1)
                    + f"{ESC}7"               # save the cursor
                    + f"{CSI}1;{rows}r"       # from now on only the conversation scrolls
                    + f"{CSI}{rows}H"         # go to its last row
@@ -282,42 +296,60 @@ class Screen:
                    + f"{ESC}8")              # restore the cursor
 
     def bottom(self):
-        """Return the codes that clear the rows at the bottom, and go to the first of them."""
-        rows, below = self.rows()                # after Enter the cursor is one row lower
-        return self.make_room((rows, below), below - 2) + f"{CSI}{rows + 1}H{CSI}J" if rows else ""
+        """Return the codes (str) that clear the rows at the bottom, and go to the first of them."""
+        rows, input_rows = self.size()
+        if not rows:
+            return ""
+        # Enter has gone one row down already: so there is one row less to keep free.
+        return self.make_room(input_rows - 2) + f"{CSI}{rows + 1}H{CSI}J"
 
     def ask(self, prompt):
         """Return the next line typed (str). Raises EOFError, KeyboardInterrupt, OSError."""
-        with self.may_ask:                       # if the process is ending, wait for that: see end
+        with self.ending:                    # no prompt any more if the other thread is in `end`
             self.write(self.bottom())
         line = input(prompt if self.interactive else "")
-        return safe(line.replace("\n", " "))
+        return safe(line.replace("\n", " "))             # readline may paste several lines as one
 
     def styled(self, text, style):
         """Return `text` with codes for a style around it, if the terminal wants them."""
-        wanted = self.divided and "NO_COLOR" not in os.environ
+        wanted = self.divisible and "NO_COLOR" not in os.environ
         return f"{CSI}{style}m{text}{CSI}0m" if wanted else text
 
     def end(self, status, reason):
         """Say why, give the terminal back, and end the process, whatever its threads are doing."""
+        # input() changes the modes of the terminal. If that came last, the shell would not echo. So
+        # first this thread takes `ending`, for good: no other prompt begins. One that is about to
+        # begin gets 0.05 s. Then `exit` puts the modes back.
         try:
             threading.Timer(1, self.exit, [status]).start()      # in case the output is stuck
-            self.may_ask.acquire()
-            if self.divided:
+            self.ending.acquire()
+            if self.divisible:
                 print(self.bottom(), end="", flush=True)
             if status:
                 print(f"client.py: {reason}", file=sys.stderr, flush=True)
             else:
                 print(self.styled(f"* {reason}", "2"), flush=True)
-            time.sleep(0.05)     # main may just begin an input(), which sets the terminal's modes
+            time.sleep(0.05)
         finally:
             self.exit(status)
 
     def exit(self, status):
-        """Put the modes of the terminal back, or the shell would have no echo; end the process."""
-        if self.modes:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, self.modes)
-        os._exit(status)
+        """Put the modes of the terminal back, and end the process: in C, tcsetattr and _exit."""
+        try:
+            if self.modes:
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, self.modes)
+        finally:
+            os._exit(status)
+
+
+# ---- The connection ------------------------------------------------------------------------------
+CONNECT_SECONDS = 10                     # how long to wait for a connection
+# See server.py. TCP_USER_TIMEOUT is not here: it would end the connection of somebody from whom the
+# server takes data at a slow pace. With a small send buffer not much piles up on the way.
+SOCKOPTS = {"SO_SNDBUF": 64 * 1024, "SO_RCVBUF": 64 * 1024, "SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 20,
+            "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+# What must never reach a terminal, whatever the server sends: see server.py.
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def safe(text):
@@ -341,12 +373,12 @@ def connect(host, port):
 
 
 def main():
-    """Run the client. Exit status: 0 after leaving, or BYE to a person; 1 if something failed."""
+    """Run the client. Exit status: 0 after leaving; 1: it failed; 2: usage; 130: Ctrl-C."""
     parser = argparse.ArgumentParser(description="A chatroom client. Type /help for its commands.")
     parser.add_argument("host", help="address of the server, 127.0.0.1 for this machine")
     parser.add_argument("port", type=int, help="the server's port")
-    parser.add_argument("--name", help="your name; asked for if not given")
-    parser.add_argument("--room", help="the room to join; the server's oldest if not given")
+    parser.add_argument("--name", default="", help="your name; asked for if not given")
+    parser.add_argument("--room", default="", help="the room; the server's oldest if not given")
     args = parser.parse_args()
     if not 1 <= args.port <= 65535:
         parser.error("port: 1 to 65535")

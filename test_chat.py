@@ -20,6 +20,7 @@ import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -95,6 +96,10 @@ def free():
     """Return a port at which nobody listens."""
     return next(port for port in PORTS if socket.socket().connect_ex(("127.0.0.1", port)))
 
+def without_times(text):
+    """Return `text` without the times that exercise 1 puts before what people say."""
+    return re.sub(r"^\[\d\d:\d\d\] ", "", text, flags=re.M)
+
 class Process:
     """A script, started as a person starts it; `out` and `err` are what it has printed so far."""
     def __init__(self, *command, program=sys.executable, **more):
@@ -107,7 +112,8 @@ class Process:
                 arriving = iter(lambda pipe=pipe: os.read(pipe.fileno(), 65536), b"")
                 self.readers.append(in_thread(pieces.extend, arriving))
 
-    out = property(lambda self: as_text(self.out_pieces))
+    raw = property(lambda self: as_text(self.out_pieces))
+    out = property(lambda self: without_times(self.raw))
     err = property(lambda self: as_text(self.err_pieces))
 
     def types(self, text):
@@ -241,13 +247,13 @@ class Terminal(Process):
             self.seen += 1
         first = -rows % len(self.screen.rows)
         lines = "\n".join("".join(row).rstrip() for row in self.screen.rows[first:]).rstrip("\n")
-        return lines.split("\n"), self.screen.row - first, self.screen.column
+        return without_times(lines).split("\n"), self.screen.row - first, self.screen.column
 
     def everything(self):
         """Return all lines that are not empty, those that have scrolled away, too."""
         self.look()
-        rows = ["".join(row).rstrip() for row in self.screen.scrolled + self.screen.rows]
-        return [row for row in rows if row]
+        rows = ("".join(row).rstrip() for row in self.screen.scrolled + self.screen.rows)
+        return [without_times(row) for row in rows if row]
 
     def resize(self, columns, height):
         self.look()
@@ -500,7 +506,8 @@ def test_rule_2_names(fast, form):
         fast.connect().asks(f"JOIN {words}\nROOMS", "ERROR .*20.*", "ROOMS .*")
 
 @pytest.mark.parametrize("name, others", [("Straße", ["STRASSE"]),
-    ("Alice", ["alice", "ALICE den"]), ("José", ["Jose\u0301", "JOSE\u0301 den"])])
+    ("Alice", ["alice", "ALICE den"]), ("José", ["Jose\u0301", "JOSE\u0301 den"])],
+    ids=["sharp s", "capitals", "accents"])
 def test_rule_2_unique(fast, name, others):
     owner, other = fast.join(name), fast.join("other")
     for words in others:
@@ -862,7 +869,7 @@ def breaks_send(verb):
     return SEND, f"        assert not data.startswith(b'{verb}')\n{SEND}"
 
 @mostly_waits((('verb == "ROOMS"', 'verb == "ROOMS" and not 1 / 0'), "ROOMS"),
-              (("member.send(", "assert 'oh' not in lines; member.send("), "MSG oh!"),
+              (("data = lines.encode()", "data = lines.encode(); assert b'oh' not in data"), "MSG oh!"),
               (breaks_send("MSG bob oh"), "MSG oh!"))
 def test_rule_14_an_error_in_the_server(start, edit, request):
     """Whoever made the request gets BYE; the traceback is logged at once; the others go on."""
@@ -1523,7 +1530,8 @@ def test_forty_lines(start):
 class Replay:
     """What README shows under a heading, to be played with the real scripts in real terminals."""
     # Each command of `sh` has a column of `transcript`: there `$` starts it; what follows `> ` or
-    # `Your name: ` is typed, and so is ^C; … is anything; what stands in brackets is a direction.
+    # `Your name: ` is typed, and so is ^C; … is anything, even several lines where it stands alone;
+    # what stands in brackets is a direction.
     def __init__(self, start, heading, left_out):
         if not pty:
             pytest.skip("needs a pseudo-terminal")
@@ -1592,7 +1600,8 @@ class Replay:
             text = "".join(f"{line}\n" for line in lines)
             text = re.sub(r"\^C\n?|^(> |Your name:).*\n|^>\n", "", text, flags=re.M)
             return re.sub(r"127\.0\.0\.1:\d+|^\d\d:\d\d:\d\d", "N", text, flags=re.M)
-        pattern = re.escape(masked(expected)).replace("…\\\n", r"(.*\n)*")
+        pattern = re.sub(r"^…\\\n", r"(.*\\n)*", re.escape(masked(expected)), flags=re.M)
+        pattern = pattern.replace("…", ".*")
         self.happens(lambda: re.fullmatch(pattern, masked(terminal.everything())),
                      lambda: (expected, terminal.everything()))
 
@@ -1657,6 +1666,130 @@ def test_readme_constants_messages_and_links():
     anchors = ["#" + re.sub(r"[^\w\- ]", "", it.lower()).replace(" ", "-") for it in README]
     links = re.findall(r"\]\((#[^)]*)\)", README_TEXT)
     assert table and links and {*links} <= {*anchors} and len(anchors) == len({*anchors}), anchors
+
+# ---- README's exercises, and their solutions ----------------------------------------------------
+class Unexpected(Exception):
+    """An exercise is not done as README says; tells what was expected."""
+
+def gets(peer, request, *patterns):
+    """After `request` these lines come; unless it is unknown to the server, as it is at first."""
+    peer.says(request)
+    for pattern in patterns:
+        try:
+            line = peer.line(3)
+        except socket.timeout:
+            line = "nothing"
+        if re.fullmatch("ERROR unknown request.*", line or "") and "ERROR" not in pattern:
+            pytest.skip("not done yet")
+        if not re.fullmatch(pattern, line or "the end"):
+            raise Unexpected(f"after {request!r} {pattern!r} was expected; {line!r} came")
+
+def exercise_1(start, server, client):
+    bob, robot = server.join("bob"), run(start, server, "--name", "robot", script=client)
+    eventually(lambda: "You are robot" in robot.out, "the welcome")
+    bob.says("MSG hi")
+    before = eventually(lambda: re.search("^(.*)bob: hi$", robot.raw, re.M), lambda: robot.raw)[1]
+    if not before:
+        pytest.skip("not done yet")
+    if not re.fullmatch(r"\[\d\d:\d\d\] ", before) or "\n* Welcome" not in f"\n{robot.raw}":
+        raise Unexpected(f"'[12:34] bob: hi' and '* Welcome' were expected; {robot.raw!r} came")
+
+def exercise_2(start, server, client):
+    alice, bob, eve = server.join("alice"), server.join("bob"), server.connect()
+    alice.hears("JOINED bob")
+    gets(alice, "TOPIC", "TOPIC ?")
+    gets(alice, "TOPIC tea or coffee", "TOPIC tea or coffee")
+    gets(bob, "TOPIC", *["TOPIC tea or coffee"] * 2)
+    gets(eve, "TOPIC", "ERROR .*")
+    gets(eve, "JOIN eve\nWHO", "WELCOME .*", "TOPIC tea or coffee", "WHO .*")
+    gets(eve, "JOIN eve den\nTOPIC", "WELCOME .*", "TOPIC ?")
+    robot = run(start, server, "--name", "robot", "--room", "lobby", script=client)
+    robot.types("/topic cake\n")
+    bob.hears_sometime("TOPIC cake")
+    try:
+        eventually(lambda: "topic: cake" in robot.out, "topic: cake", 3)
+    except pytest.fail.Exception:
+        raise Unexpected(f"'* topic: cake' was expected; {robot.out!r} came") from None
+
+def exercise_3(start, server, client):
+    alice, bob = server.join("alice"), server.join("Bob", "den")
+    gets(alice, "TELL bob are you there?", "TOLD Bob")
+    gets(bob, "WHO", "TELL alice are you there[?]", "WHO Bob")
+    gets(alice, "TELL eve hi", "ERROR .*")
+    gets(server.connect(), "TELL bob hi", "ERROR .*")
+
+def exercise_4(start, server, client):
+    alice, bob, eve = server.join_all("alice", "bob", "eve")
+    gets(alice, "KICK nobody", "ERROR .*")
+    gets(bob, "KICK eve", "ERROR .*")
+    gets(alice, "KICK bob", "KICKED bob", "LEFT bob")
+    gets(bob, "WHO", "BYE .*alice.*", "the end")
+    gets(server.join("bob"), "KICK alice", "ERROR .*")           # he may come back
+    gets(alice, "LEAVE", "JOINED bob", "BYE .*")
+    gets(eve, "KICK bob", "LEFT bob", "JOINED bob", "LEFT alice", "KICKED bob")
+
+def exercise_5(start, server, client):
+    alice, bob = server.join_all("alice", "bob")
+    alice.says(*(f"MSG {number}" for number in range(12)))
+    bob.hears(*(f"MSG alice {number}" for number in range(12)))
+    eve = server.connect()
+    eve.says("JOIN eve", "WHO")
+    eve.hears("WELCOME .*")
+    if (line := eve.line()).startswith("WHO "):
+        pytest.skip("not done yet")
+    if line != "MSG alice 2":
+        raise Unexpected(f"the last ten messages were expected, 'MSG alice 2' first; {line!r} came")
+    gets(eve, "JOIN eva", *(f"MSG alice {number}" for number in range(3, 12)), "WHO .*",
+         "WELCOME lobby eva .*")
+    gets(alice, "MSG 12\nWHO", "JOINED eve", "LEFT eve", "JOINED eva", "WHO .*")
+    gets(eve, "WHO", "MSG alice 12", "WHO .*")
+
+EXERCISES = [exercise_1, exercise_2, exercise_3, exercise_4, exercise_5]
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda it: it.__name__)
+def test_exercise(start, exercise):
+    """Skipped: not done yet. Failed: it says what was expected."""
+    exercise(start, start(Server, "--rate", 0), "client.py")
+
+def edits_of(diff):
+    """Return the edits (script, old, new) of a unified diff, in its order."""
+    edits = []
+    for part in re.split(r"^--- ", diff, flags=re.M)[1:]:
+        script, hunks = part.split("\n", 1)[0], re.split(r"^@@.*\n", part, flags=re.M)[1:]
+        for hunk in hunks:
+            old, new = (re.sub(rf"^[{sign}].*\n|^.", "", hunk, flags=re.M) for sign in "+-")
+            edits.append((script, old, new))
+    return edits
+
+@mostly_waits(*itertools.product(range(1, 6), (0, 1)))
+def test_solution(start, number, left_out):
+    """With the instructor's solution an exercise is done; without its last part it is not."""
+    [path] = (HERE / ".github/solutions").glob(f"exercise-{number}-*.diff")
+    edits = edits_of(path.read_text(encoding="utf-8"))
+    edits = edits[:len(edits) - left_out]
+    server, client = ([it[1:] for it in edits if it[0] == script]
+                      for script in ("server.py", "client.py"))
+    fails = pytest.raises((Unexpected, pytest.skip.Exception))
+    with fails if left_out else contextlib.nullcontext():
+        EXERCISES[number - 1](start, start(Server, "--rate", 0, edits=server),
+                              edited("client.py", *client))
+
+@mostly_waits(("server_asyncio.py", "rule"),
+              ("server.c", "rule and not NFD and not accents and not sharp"))
+def test_solution_server(start, program, rules):
+    """The other servers obey the rules. (The one in C has no Unicode tables: it says so.)"""
+    command = [sys.executable, HERE / ".github/solutions" / program]
+    if OTHER_SERVER or WINDOWS:
+        pytest.skip("it tests such a server already" if OTHER_SERVER else "they are for Unix")
+    if program.endswith(".c"):
+        if not (compiler := shutil.which("cc")):
+            pytest.skip("needs a C compiler")
+        binary = tempfile.mkdtemp(dir=FOLDERS.name) + "/server"
+        subprocess.run([compiler, "-O2", "-pthread", "-o", binary, command[1]], check=True)
+        command = [binary]
+    process = start(Process, "-m", "pytest", "-q", "-k", rules, "-p", "no:cacheprovider",
+                    "test_chat.py", env={**os.environ, "CHAT_SERVER": shlex.join(map(str, command))})
+    assert process.popen.wait(120) == 0, process.out
 
 # ---- What a room full of students tries ---------------------------------------------------------
 @contextlib.contextmanager

@@ -736,6 +736,16 @@ def test_rule_11_a_flood_ends(start):
     server.logs("client-2 +thread ends: sending too fast for 2 seconds")
     alice.asks("JOIN ghost", "WELCOME .*")
 
+@mostly_waits()
+def test_rule_11_a_slow_rate_is_no_flood(start):
+    """At the slowest --rate each byte is a piece; somebody who keeps below it can go on."""
+    server = start(Server, "--rate", 100, edits=[("FLOOD_SECONDS = 60", "FLOOD_SECONDS = 2")])
+    slow = server.join("slow")
+    for number in range(4):
+        with pytest.raises(socket.timeout):
+            slow.line(1.5)
+        slow.asks("WHO", "WHO slow")
+
 # ---- Leaving and closing ------------------------------------------------------------------------
 @pytest.mark.parametrize("end", ["resets", "half_closes", "hangs_up"])
 def test_rule_8_one_way_out(fast, end):
@@ -1906,8 +1916,7 @@ def test_few_files_or_threads(start, limit, value, message):
     assert server.log.count("cannot accept") - lines <= 2
     for peer in crowd:
         peer.hangs_up()
-    server.has_clients(1)
-    server.join("bob").says("MSG hi")
+    server.join("bob").says("MSG hi")                # behind all of them
     alice.hears("JOINED bob", "MSG bob hi")
 
 GARBAGE = [b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\xff\xfb\x1f\xff\xfd\x03hello\r\n",

@@ -1,4 +1,4 @@
-"""Draw session.svg: the server's log, alice and bob side by side, from a real session.
+"""Draw session.svg: the server's log, below it alice and bob, from a real session.
 
     python .github/picture.py
 
@@ -14,9 +14,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import test_chat
 
-PORT = "12345"
-ROWS = 14
-WIDTHS = {"python server.py": 74, "alice: python client.py": 32, "bob: python client.py": 32}
+PORT = test_chat.free()
+# Columns and rows: so many that nothing wraps.
+SIZES = {"python server.py": (115, 9), "alice: python client.py": (56, 13),
+         "bob: python client.py": (56, 13)}
 CHARACTER, LINE, MARGIN = 7, 17, 10      # pixels
 STYLE = """
 text { font: 11.5px ui-monospace, Menlo, Consolas, monospace; fill: #e6e6e6 }
@@ -28,17 +29,17 @@ def session():
     """Let alice and bob talk; return {title: (lines on the screen, row and column)}."""
     terminals = []
 
-    def start(columns, *command):
-        terminals.append(test_chat.Terminal(*command, columns=columns, height=ROWS,
+    def start(size, *command):
+        terminals.append(test_chat.Terminal(*command, columns=size[0], height=size[1],
                                             stderr=subprocess.STDOUT))
         return terminals[-1]
 
     try:
-        server_width, *client_widths = WIDTHS.values()
-        server = start(server_width, "server.py", PORT)
+        server_size, *client_sizes = SIZES.values()
+        server = start(server_size, "server.py", PORT)
         shows(server, "listening on")
-        for name, columns in zip(("alice", "bob"), client_widths):
-            person = start(columns, "client.py", "127.0.0.1", PORT)
+        for name, size in zip(("alice", "bob"), client_sizes):
+            person = start(size, "client.py", "127.0.0.1", PORT)
             shows(person, "Your name:")
             person.types(f"{name}\r")
             shows(person, "Welcome")
@@ -54,7 +55,7 @@ def session():
         shows(bob, "You are bob in den.")
         test_chat.settled(server)
         return {title: (terminal.look()[0], terminal.screen.row, terminal.screen.column)
-                for title, terminal in zip(WIDTHS, terminals)}
+                for title, terminal in zip(SIZES, terminals)}
     finally:
         for terminal in reversed(terminals):
             terminal.stop()
@@ -70,10 +71,10 @@ def say(speaker, text, people):
         shows(person, f": {text}")
 
 
-def drawn(line, in_notice):
-    """Return a line as SVG: (the rest of) a notice, a message with its name, a prompt, or plain."""
+def drawn(line):
+    """Return a line as SVG: a notice, a prompt, a message with its name, or plain."""
     name, colon, text = line.partition(": ")
-    if in_notice:
+    if line.startswith("* "):
         return f'<tspan class="notice">{escape(line)}</tspan>'
     if line.startswith(">"):
         return f'<tspan class="prompt">&gt;</tspan>{escape(line[1:])}'
@@ -83,27 +84,27 @@ def drawn(line, in_notice):
 
 
 def picture(screens):
-    """Return the screens, side by side, as an SVG that suits light pages and dark ones."""
-    parts, left = [], 0
-    height = (ROWS + 2) * LINE + MARGIN
+    """Return the screens, the first above the others, as an SVG for light pages and dark ones."""
+    parts, left, top = [], 0, 0
     for title, (lines, row, column) in screens.items():
-        width = WIDTHS[title] * CHARACTER + 2 * MARGIN
-        parts.append(f'<rect x="{left + 1}" y="1" width="{width - 2}" height="{height - 2}" rx="6" '
-                     'fill="#1d2230" stroke="#6b7385"/>')
-        parts.append(f'<text class="title" x="{left + MARGIN}" y="{LINE}">{title} …</text>')
-        in_notice, previous = False, ""
+        columns, rows = SIZES[title]
+        width, height = columns * CHARACTER + 2 * MARGIN, (rows + 2) * LINE + MARGIN
+        parts.append(f'<rect x="{left + 1}" y="{top + 1}" width="{width - 2}" height="{height - 2}" '
+                     'rx="6" fill="#1d2230" stroke="#6b7385"/>')
+        parts.append(f'<text class="title" x="{left + MARGIN}" y="{top + LINE}">{title} …</text>')
         for number, line in enumerate(lines):
-            wrapped = len(previous) >= WIDTHS[title] - 1
-            in_notice, previous = line.startswith("* ") or in_notice and wrapped, line
             if line:
-                parts.append(f'<text x="{left + MARGIN}" y="{(number + 2) * LINE + 4}" '
-                             'xml:space="preserve" '
-                             f'textLength="{len(line) * CHARACTER}">'
-                             f'{drawn(line, in_notice)}</text>')
-        parts.append(f'<rect x="{left + MARGIN + column * CHARACTER}" y="{(row + 1) * LINE + 8}" '
-                     f'width="{CHARACTER}" height="{LINE - 3}" fill="#e6e6e6" opacity="0.6"/>')
-        left += width + MARGIN
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left - MARGIN} {height}">\n'
+                parts.append(f'<text x="{left + MARGIN}" y="{top + (number + 2) * LINE + 4}" '
+                             f'xml:space="preserve" textLength="{len(line) * CHARACTER}">'
+                             f'{drawn(line)}</text>')
+        parts.append(f'<rect x="{left + MARGIN + column * CHARACTER}" '
+                     f'y="{top + (row + 1) * LINE + 8}" width="{CHARACTER}" height="{LINE - 3}" '
+                     'fill="#e6e6e6" opacity="0.6"/>')
+        if top == 0:
+            total, top = width, height + MARGIN
+        else:
+            left += width + MARGIN
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {top + height}">\n'
             f'<style>{STYLE}</style>\n' + "\n".join(parts) + "\n</svg>\n")
 
 

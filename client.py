@@ -33,7 +33,7 @@ HELP = """\
 //text      say "/text"; anything else is sent as a message"""
 MAX_REQUEST = 1024           # bytes in a line to the server, its ending not counted
 MAX_LINE = 64 * 1024         # bytes in a line from the server; a longer one is not shown
-POLL_SECONDS = 0.5           # how long main waits at a time; on Windows Ctrl-C is noticed then
+POLL_SECONDS = 0.5           # how long main waits at a time
 
 
 class Chat:
@@ -44,10 +44,10 @@ class Chat:
         self.name = ""                       # our name, as the last WELCOME said
         self.refusal = ""                    # why the last JOIN was refused; "" if it was not
         self.answered = threading.Event()    # set when the answer to JOIN has come
-        self.has_left = False                # whether all is said, and LEAVE comes next
-        # Why this needs no lock: only the reader thread writes `name` and `refusal`, and main reads
-        # them after it has waited for `answered`. Only main writes `has_left`, before LEAVE, whose
-        # answer lets the reader read it. Only main sends on the socket, only the reader receives.
+        self.has_left = False                # whether all has been said, and LEAVE follows
+        # Why this needs no lock: `name` and `refusal` are written by the reader thread only; main
+        # waits for `answered` before it relies on them. `has_left` is written by main only, once.
+        # Only main sends on the socket, only the reader thread receives.
 
     def run(self, name, room):
         """Join, send what is typed, leave. Does not return: see Screen.end."""
@@ -121,7 +121,7 @@ class Chat:
         self.answered.clear()                # an ERROR that has come before is not the answer
         self.send(f"JOIN {name} {room}".strip())
         while not self.answered.wait(POLL_SECONDS):
-            pass
+            pass                             # wait on; on Windows now Ctrl-C is noticed
         return not self.refusal
 
     def send(self, request):
@@ -144,7 +144,7 @@ class Chat:
             while data:
                 # Cut at newlines, as the server does; what follows the last one has no end yet.
                 lines = (unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
-                unfinished = lines.pop()[:2 * MAX_LINE]
+                unfinished = lines.pop()[:2 * MAX_LINE]      # enough to be seen to be too long
                 for line in lines:
                     text = safe(line.decode("utf-8", "replace"))
                     self.hear(text if len(line) <= MAX_LINE else "(a line that is too long)")
@@ -194,7 +194,7 @@ class Chat:
         self.answered.set()
 
     def bye(self, reason):
-        """End, with status 1 if we have not joined, or if a script had more to say."""
+        """End. The status is 1 if the server put an end to it: before we joined, or to a script."""
         if self.has_left:
             self.screen.end(0, "you have left")
         elif self.name and self.screen.interactive:
@@ -266,9 +266,9 @@ class Screen:
         return height - input_rows, input_rows
 
     def make_room(self, free):
-        """Return codes (str) that keep `free` rows free below the cursor in a window made lower."""
-        # The terminal has moved the cursor up with the last row. ESC D goes a row down, and scrolls
-        # if there is none; CSI n A goes n rows up again.
+        """Return codes (str) that keep `free` rows free below the cursor, if the height changed."""
+        # A window made lower takes these rows away. ESC D goes a row down, and scrolls if there is
+        # none; CSI n A goes n rows up again. Where there are enough rows nothing moves.
         height = sum(self.size())
         if height == self.height or free < 1:
             return ""
@@ -305,8 +305,8 @@ class Screen:
 
     def ask(self, prompt):
         """Return the next line typed (str). Raises EOFError, KeyboardInterrupt, OSError."""
-        with self.ending:                    # no prompt any more if the other thread is in `end`
-            self.write(self.bottom())
+        with self.ending:                    # waits for ever if the other thread is in `end`, which
+            self.write(self.bottom())        # must not have to wait for input(): so only up to here
         line = input(prompt if self.interactive else "")
         return safe(line.replace("\n", " "))             # readline may paste several lines as one
 

@@ -1585,7 +1585,7 @@ class Replay:
         part, self.start, self.patience = README[heading], start, 4 if left_out else PATIENCE
         self.folder = tempfile.mkdtemp(dir=FOLDERS.name)
         port = free()
-        commands = "".join(part["sh"] or README["Quick start"]["sh"]).replace("12345", str(port))
+        commands = "".join(part["sh"]).replace("12345", str(port))
         self.commands = re.findall(r"^(\S.*(?:\n .*)*)", commands, re.M)
         Path(self.folder, "forty.py").write_text("".join(part["python"]), encoding="utf-8")
         edits = part["diff"][:len(part["diff"]) - left_out]
@@ -1710,6 +1710,9 @@ def test_readme_constants_messages_and_links():
     assert len(messages) > 5
     for message in messages:
         assert re.sub(r"\bann\b", "{name}", message) in server + client, message
+    steps = README_TEXT.partition("in the log\n")[2].partition("\n#")[0]
+    functions = re.findall(r"`(\w+)`", " ".join(re.findall(r"^(?:\|[^|]*){2}\|([^|]*)", steps, re.M)))
+    assert len(functions) > 10 and {*functions} <= {*re.findall(r"def (\w+)", server)}, functions
     anchors = ["#" + re.sub(r"[^\w\- ]", "", it.lower()).replace(" ", "-") for it in README]
     links = re.findall(r"\]\((#[^)]*)\)", README_TEXT)
     assert table and links and {*links} <= {*anchors} and len(anchors) == len({*anchors}), anchors
@@ -1757,8 +1760,8 @@ def exercise_2(start, server, client):
     try:
         eventually(lambda: "topic: cake" in robot.out, "topic: cake", 3)
     except pytest.fail.Exception:
-        raise Unexpected("the server is done; after '/topic cake' in the client '* topic: cake' was "
-                         f"expected; there stood {robot.out!r}") from None
+        raise Unexpected("the server is done; after '/topic cake' in the client '* topic: cake' "
+                         f"was expected; there stood {robot.out!r}") from None
     bob.hears_sometime("TOPIC cake")
 
 def exercise_3(start, server, client):

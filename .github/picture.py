@@ -16,8 +16,8 @@ import test_chat
 
 PORT = test_chat.free()
 # Columns and rows: so many that nothing wraps.
-SIZES = {"python server.py": (115, 9), "alice: python client.py": (56, 13),
-         "bob: python client.py": (56, 13)}
+SIZES = {"python server.py": (121, 10), "alice: python client.py": (58, 11),
+         "bob: python client.py": (58, 11)}
 CHARACTER, LINE, MARGIN = 7, 17, 10      # pixels
 STYLE = """
 text { font: 11.5px ui-monospace, Menlo, Consolas, monospace; fill: #e6e6e6 }

@@ -1711,7 +1711,8 @@ def test_readme_constants_messages_and_links():
     for message in messages:
         assert re.sub(r"\bann\b", "{name}", message) in server + client, message
     steps = README_TEXT.partition("in the log\n")[2].partition("\n#")[0]
-    functions = re.findall(r"`(\w+)`", " ".join(re.findall(r"^(?:\|[^|]*){2}\|([^|]*)", steps, re.M)))
+    column = " ".join(re.findall(r"^(?:\|[^|]*){2}\|([^|]*)", steps, re.M))
+    functions = re.findall(r"`(\w+)`", column)
     assert len(functions) > 10 and {*functions} <= {*re.findall(r"def (\w+)", server)}, functions
     anchors = ["#" + re.sub(r"[^\w\- ]", "", it.lower()).replace(" ", "-") for it in README]
     links = re.findall(r"\]\((#[^)]*)\)", README_TEXT)

@@ -108,14 +108,15 @@ class Chat:
             piece = piece.decode("utf-8", "ignore")      # drops a character that was cut in two
             data = data[len(piece.encode()):]
             self.send(f"MSG {piece}")
-            # The server does not send us what we have said. What was typed stays on the screen,
-            # unless it is divided: then the rows at the bottom are cleared.
+            # The server does not send us what we have said. At a divided screen the next prompt
+            # clears what was typed: so it is shown above, as what the others say.
             if self.screen.size() != (0, 0):
                 self.show_message(self.name, piece)
 
     def join(self, name, room=""):
         """Send JOIN and wait for the answer; return whether it was WELCOME."""
-        name = "_".join(name.split())        # a second word would be a room
+        name = "_".join(name.split())        # a second word would be a room,
+        room = "_".join(room.split())        # a third one an error
         if room and not name:                # JOIN takes no room without a name
             name = f"guest{random.randrange(10 ** 6)}"
         self.answered.clear()                # an ERROR that has come before is not the answer
@@ -305,8 +306,10 @@ class Screen:
 
     def ask(self, prompt):
         """Return the next line typed (str). Raises EOFError, KeyboardInterrupt, OSError."""
-        with self.ending:                    # waits for ever if the other thread is in `end`, which
-            self.write(self.bottom())        # must not have to wait for input(): so only up to here
+        # `end` takes this lock for good: from then on no prompt begins. It is not held in input(),
+        # or `end` would have to wait for somebody to type.
+        with self.ending:
+            self.write(self.bottom())
         line = input(prompt if self.interactive else "")
         return safe(line.replace("\n", " "))             # readline may paste several lines as one
 
@@ -318,8 +321,8 @@ class Screen:
     def end(self, status, reason):
         """Say why, give the terminal back, and end the process, whatever its threads are doing."""
         # input() changes the modes of the terminal. If that came last, the shell would not echo. So
-        # first this thread takes `ending`, for good: no other prompt begins. One that is about to
-        # begin gets 0.05 s. Then `exit` puts the modes back.
+        # first no prompt may begin any more; one that is just beginning gets 0.05 s; then `exit`
+        # puts the modes back.
         try:
             threading.Timer(1, self.exit, [status]).start()      # in case the output is stuck
             self.ending.acquire()

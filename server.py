@@ -35,7 +35,7 @@ import unicodedata
 POLL_SECONDS = 0.5           # how long a thread waits on a socket before it checks whether to stop
 JOIN_SECONDS = 300           # a client that takes longer to join is disconnected
 MOVE_SECONDS = 1             # a client in a room can rename itself or move once in this time
-FLOOD_SECONDS = 60           # a client that floods this long without a pause is disconnected
+FLOOD_SECONDS = 60           # a client that sends too fast for this long is disconnected
 FAREWELL_SECONDS = 1         # how long a client may go on sending after its BYE
 ACCEPT_SECONDS = 0.007       # between two accepts: so there are some 140 connections a second
 MAX_REQUEST = 1024           # bytes in a request, its line ending not counted
@@ -55,8 +55,8 @@ closing = False                          # becomes True at Ctrl-C, and stays Tru
 # 1. A thread holds the lock while it uses `rooms` or a room, and while it sends. So no name is
 #    given twice, no room is created twice, and all in a room get the same lines in the same order.
 # 2. A thread that holds the lock never waits for a client. So nobody waits long for the lock.
-# 3. Only a client's own thread changes its name and room; and it closes `sock`, but only when the
-#    client has left its room. So to send to whoever is found in a room is safe.
+# 3. Only a client's own thread changes its name and room, and ends the connection, but not before
+#    the client has left its room. So to send to whoever is found in a room is safe.
 # 4. Two things that others set are read without the lock: `closing`, and the `reason` to disconnect
 #    a client. Both stay set: a thread that has just missed it sees it the next time.
 
@@ -88,8 +88,8 @@ class Client:
     """A connection, its name and room. Other clients' threads call `send` and `disconnect`."""
     def __init__(self, sock, thread_name):
         # recv may wait half a second; send must not wait at all. A Python socket has one timeout
-        # for both: so these are two socket objects for one connection (in C: dup). To close one of
-        # them does not hang up.
+        # for both: so these are two socket objects for one connection (in C: dup). The connection
+        # ends when both are closed.
         self.sock = sock
         self.sock.settimeout(POLL_SECONDS)
         self.send_sock = sock.dup()
@@ -100,7 +100,7 @@ class Client:
         self.reason = None               # why it is disconnected; None as long as it stays
         self.unfinished = b""            # the beginning of a request whose end has not come yet
         self.moved = 0                   # when it last renamed itself or moved
-        self.flooding = 0                # seconds that `rest` has lasted since its last pause
+        self.flooding = 0                # seconds of `slow_down` since we last caught up with it
 
     def serve(self):
         """Serve the client from beginning to end. Runs in the client's own thread."""
@@ -128,13 +128,13 @@ class Client:
         """Wait half a second at most for some bytes; carry out the requests that they complete."""
         asked = time.monotonic()
         try:
-            data = self.sock.recv(options.piece)     # 81 bytes at the default --rate: see rest
+            data = self.sock.recv(options.piece)     # a piece: 81 bytes at the default --rate
         except OSError as error:
             self.flooding = 0
             if error.errno:              # otherwise it is just our timeout: nothing has come
                 self.disconnect(f"connection lost: {error.strerror}")
             return
-        pause = len(data) < options.piece or time.monotonic() - asked > 0.1
+        caught_up = len(data) < options.piece or time.monotonic() - asked > 0.1      # seconds
         log.debug("recv %r", data)
         if data == b"":                  # the client has closed its side: nothing more will come
             self.disconnect("end of file")
@@ -146,16 +146,16 @@ class Client:
         requests = [parse(line) for line in lines if line.strip()]
         self.carry_out(requests)
         if options.rate and not (closing or self.reason):
-            self.rest(len(data), len(requests), pause)
+            self.slow_down(len(data), len(requests), caught_up)
 
-    def rest(self, size, requests, pause):
+    def slow_down(self, size, requests, caught_up):
         """Sleep as long as `size` bytes with so many requests should take at --rate."""
-        # A request counts as 100 bytes at least. A piece is a hundredth of what may come in a
-        # second: so a rest is 10 ms, or half a second after tiny requests. Meanwhile what a flooder
-        # sends fills the kernel's buffers, and then TCP makes the flooder wait.
+        # At 8192 bytes a second a piece of 81 bytes takes 10 ms. A request counts as 100 bytes at
+        # least: so 40 tiny ones take half a second. Meanwhile what a flooder sends fills the buffer
+        # of its socket here, then the one at the other end, and then its `send` has to wait.
         seconds = max(size, 100 * requests) / options.rate
         time.sleep(seconds)
-        if pause:                        # no more was waiting to be received
+        if caught_up:                    # nothing more was waiting: we had to wait for it
             self.flooding = 0
         else:
             self.flooding += seconds
@@ -169,7 +169,8 @@ class Client:
         # to the sending of WELCOME: otherwise a message from the new room could overtake WELCOME.
         with rooms_lock:
             log.debug("has the lock")    # logging does not wait, either: see start_log
-            messages = ""                # in a row, they leave in one send: up to 4 times as fast
+            messages = ""                # in a row, they leave in one send: it is what makes pasted
+                                         # lines fast (at --rate 0, where a piece is 4096 bytes)
             for verb, text in requests:
                 if closing or self.reason:
                     break
@@ -316,7 +317,7 @@ def accept_clients(listener):
         except OSError as error:
             if error.errno:              # e.g. no file descriptors; otherwise just our timeout
                 log.warning("cannot accept: %s", error.strerror)
-                sock = None              # if it was dup that failed: close the connection
+                sock = None              # if it was dup that failed, this closes the connection
                 time.sleep(POLL_SECONDS)             # it would fail again at once
             continue
         number += 1
@@ -329,7 +330,7 @@ def accept_clients(listener):
         try:
             client.thread.start()        # in C: pthread_create
             clients.append(client)
-        except RuntimeError as error:    # no more threads: for once main says BYE, and closes
+        except RuntimeError as error:    # no more threads: so main itself says BYE, and closes
             client.disconnect(str(error))
             client.serve()
     return clients

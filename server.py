@@ -55,8 +55,8 @@ closing = False                          # becomes True at Ctrl-C, and stays Tru
 # 1. A thread holds the lock while it uses `rooms` or a room, and while it sends. So no name is
 #    given twice, no room is created twice, and all in a room get the same lines in the same order.
 # 2. A thread that holds the lock never waits for a client. So nobody waits long for the lock.
-# 3. Only a client's own thread changes its name and room, and ends the connection, but not before
-#    the client has left its room. So to send to whoever is found in a room is safe.
+# 3. Only a client's own thread changes its name and room, and closes its `sock`, but not before the
+#    client has left its room. So to send to whoever is found in a room is safe.
 # 4. Two things that others set are read without the lock: `closing`, and the `reason` to disconnect
 #    a client. Both stay set: a thread that has just missed it sees it the next time.
 
@@ -165,12 +165,11 @@ class Client:
     def carry_out(self, requests):
         """Carry out requests (verb, text) in their order, none after LEAVE or once closing."""
         log.debug("waits for the lock")
-        # JOIN is one critical section, from here through answer, join (is the name free?) and move
-        # to the sending of WELCOME: otherwise a message from the new room could overtake WELCOME.
+        # JOIN is one critical section, from here through `answer`, `join` (is the name free?) and
+        # `move` to the sending of WELCOME: or a message from the new room could come before it.
         with rooms_lock:
             log.debug("has the lock")    # logging does not wait, either: see start_log
-            messages = ""                # in a row, they leave in one send: it is what makes pasted
-                                         # lines fast (at --rate 0, where a piece is 4096 bytes)
+            messages = ""                # MSG requests in a row; each member gets them in one send
             for verb, text in requests:
                 if closing or self.reason:
                     break

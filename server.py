@@ -55,8 +55,8 @@ closing = False                          # becomes True at Ctrl-C, and stays Tru
 # 1. A thread holds the lock while it uses `rooms` or a room, and while it sends. So no name is
 #    given twice, no room is created twice, and all in a room get the same lines in the same order.
 # 2. A thread that holds the lock never waits for a client. So nobody waits long for the lock.
-# 3. Only a client's own thread changes its name and room, and closes its `sock`, but not before the
-#    client has left its room. So to send to whoever is found in a room is safe.
+# 3. Only a client's own thread changes its name and room. It leaves the room first, and closes the
+#    connection afterwards. So to send to whoever is found in a room is safe.
 # 4. Two things that others set are read without the lock: `closing`, and the `reason` to disconnect
 #    a client. Both stay set: a thread that has just missed it sees it the next time.
 
@@ -88,8 +88,8 @@ class Client:
     """A connection, its name and room. Other clients' threads call `send` and `disconnect`."""
     def __init__(self, sock, thread_name):
         # recv may wait half a second; send must not wait at all. A Python socket has one timeout
-        # for both: so these are two socket objects for one connection (in C: dup). The connection
-        # ends when both are closed.
+        # for both: so these are two socket objects for one connection. (dup, as in C; but there one
+        # would use MSG_DONTWAIT, which Windows lacks.) The connection ends when both are closed.
         self.sock = sock
         self.sock.settimeout(POLL_SECONDS)
         self.send_sock = sock.dup()
@@ -134,7 +134,9 @@ class Client:
             if error.errno:              # otherwise it is just our timeout: nothing has come
                 self.disconnect(f"connection lost: {error.strerror}")
             return
-        caught_up = len(data) < options.piece or time.monotonic() - asked > 0.1      # seconds
+        # Nothing more was waiting if the piece is short, or was long in coming. (A short cut: lines
+        # of exactly one piece, more than ten a second, look like a flood.)
+        caught_up = len(data) < options.piece or time.monotonic() - asked > 0.1
         log.debug("recv %r", data)
         if data == b"":                  # the client has closed its side: nothing more will come
             self.disconnect("end of file")
@@ -155,7 +157,7 @@ class Client:
         # of its socket here, then the one at the other end, and then its `send` has to wait.
         seconds = max(size, 100 * requests) / options.rate
         time.sleep(seconds)
-        if caught_up:                    # nothing more was waiting: we had to wait for it
+        if caught_up:
             self.flooding = 0
         else:
             self.flooding += seconds
@@ -165,8 +167,8 @@ class Client:
     def carry_out(self, requests):
         """Carry out requests (verb, text) in their order, none after LEAVE or once closing."""
         log.debug("waits for the lock")
-        # JOIN is one critical section, from here through `answer`, `join` (is the name free?) and
-        # `move` to the sending of WELCOME: or a message from the new room could come before it.
+        # JOIN is one critical section, until WELCOME is sent. Between "is the name free?" and taking
+        # it nobody else may take it; between entering the room and WELCOME nobody may send to us.
         with rooms_lock:
             log.debug("has the lock")    # logging does not wait, either: see start_log
             messages = ""                # MSG requests in a row; each member gets them in one send
@@ -281,7 +283,8 @@ class Client:
 
     def close(self):
         """Read on until the client hangs up, falls silent or runs out of time; then close."""
-        # If a socket is closed while input is unread, TCP sends a reset, which can overtake BYE.
+        # If a socket is closed while input is unread, TCP sends a reset, which can cost the client
+        # its BYE.
         end = time.monotonic() + FAREWELL_SECONDS
         try:
             self.sock.shutdown(socket.SHUT_WR)
@@ -316,13 +319,13 @@ def accept_clients(listener):
         except OSError as error:
             if error.errno:              # e.g. no file descriptors; otherwise just our timeout
                 log.warning("cannot accept: %s", error.strerror)
-                sock = None              # if it was dup that failed, this closes the connection
+                sock = None              # if it was dup that failed: nobody holds it any more
                 time.sleep(POLL_SECONDS)             # it would fail again at once
             continue
         number += 1
         set_options(sock)
         staying = [other for other in clients if not other.reason]
-        if len(staying) >= options.max_clients:      # its thread says so, and closes
+        if len(staying) >= options.max_clients:      # its thread says so in BYE, and closes
             client.disconnect(f"the server is full (at most {options.max_clients} clients)")
         host, port = address[:2] if address else ("?", "?")      # on macOS it can be None
         log.info("connection from %s:%s: thread %s starts", host, port, client.thread.name)

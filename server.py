@@ -167,8 +167,8 @@ class Client:
     def carry_out(self, requests):
         """Carry out requests (verb, text) in their order, none after LEAVE or once closing."""
         log.debug("waits for the lock")
-        # JOIN is one critical section, until WELCOME is sent. Between "is the name free?" and taking
-        # it nobody else may take it; between entering the room and WELCOME nobody may send to us.
+        # JOIN is one critical section, until WELCOME is sent. Between "is the name free?" and the
+        # taking nobody else may take it; between the entering and WELCOME nobody may send to us.
         with rooms_lock:
             log.debug("has the lock")    # logging does not wait, either: see start_log
             messages = ""                # MSG requests in a row; each member gets them in one send

@@ -1023,6 +1023,10 @@ def test_both_scripts_filter_the_same_characters():
                 for script in ("server.py", "client.py")]
     assert patterns[0] == patterns[1] and len(patterns[0]) == 1
 
+def test_client_connects_to_port_1(start):
+    process = start(Process, "client.py", "127.0.0.1", 1)
+    assert process.status() == 1 and "cannot connect to 127.0.0.1:1: " in process.err
+
 # ---- The client in pipes ------------------------------------------------------------------------
 class Liar(Peer):
     """A server that sends whatever we like."""

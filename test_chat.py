@@ -1210,6 +1210,20 @@ def test_client_interrupted_while_it_connects(start):
         assert ann.status() == 130 and ann.err == ""
 
 @mostly_waits()
+def test_client_ends_by_itself(start):
+    """Not only by the timer that is there in case its output is stuck (here of an hour)."""
+    server = start(Server)
+    script = edited("client.py", ("threading.Timer(1, ", "threading.Timer(3600, "))
+    assert run(start, server, "--name", "robot", typed="hello\n", script=script).status() == 0
+
+@needs_unix
+def test_client_cannot_read(server, start):
+    unreadable = os.open(os.devnull, os.O_WRONLY)
+    ann = start(Process, "client.py", "127.0.0.1", server.port, "--name", "ann", stdin=unreadable)
+    os.close(unreadable)
+    assert ann.status() == 1 and ann.err == "client.py: cannot read or write: Bad file descriptor\n"
+
+@mostly_waits()
 def test_client_may_be_silent(start):
     """The deadline for connecting (here half a second) does not hold for what comes after."""
     server = start(Server)
@@ -1263,13 +1277,16 @@ def test_client_and_a_line_without_end(start):
     liar.accepts()
     for _ in range(32):
         liar.sends(b"MSG " + b"x" * 256 * 1024)
-    liar.sends(b"\nMSG bob " + b"y" * 60000 + b"\nMSG bob short\nMSG bob cut o")
+    long = 64 * 1024 - len("MSG bob ")               # the longest line that is shown
+    liar.sends(b"\nMSG bob " + b"y" * long + b"\nMSG bob z" + b"z" * long)
+    liar.sends(b"\nMSG bob short\nMSG bob cut o")
     eventually(lambda: "bob: short" in robot.out)
     memory = robot.measured("VmHWM")
     liar.half_closes()
     assert robot.status() == 1 and robot.err == NO_BYE
-    assert robot.out.endswith("bob: " + "y" * 60000 + "\nbob: short\n") and "x" not in robot.out
-    assert robot.out.count("too long") == 1
+    too_long = "? (a line that is too long)\n"
+    assert robot.out.endswith(f"{too_long}bob: {'y' * long}\n{too_long}bob: short\n")
+    assert "x" not in robot.out and "z" not in robot.out
     assert memory < 24 * 1024 if memory else pytest.skip("all is right but memory, unknown here")
 
 # ---- The client at a terminal, and what a person sees of it -------------------------------------

@@ -418,7 +418,10 @@ class Peer:
         """The next lines match these regular expressions (None: the end); return the last one."""
         line = None
         for pattern in patterns:
-            line = self.line()
+            try:
+                line = self.line()
+            except socket.timeout:
+                pytest.fail(f"nothing came in {PATIENCE} s, {pattern!r} was expected")
             matches = re.fullmatch(pattern, line) if pattern and line else line is pattern
             assert matches, f"{line!r} is not {pattern!r}"
         return line
@@ -435,7 +438,11 @@ class Peer:
     def hears_sometime(self, pattern, seconds=PATIENCE):
         end, line = time.monotonic() + seconds, ""
         while not re.fullmatch(pattern, line):
-            line = self.line(end - time.monotonic()) or pytest.fail(f"the end came, no {pattern!r}")
+            try:
+                line = self.line(end - time.monotonic())
+            except socket.timeout:
+                pytest.fail(f"in {seconds} s {pattern!r} did not come")
+            assert line, f"the end came, no {pattern!r}"
         return line
 
     def half_closes(self):
@@ -1217,6 +1224,22 @@ def test_client_ends_by_itself(start):
     assert run(start, server, "--name", "robot", typed="hello\n", script=script).status() == 0
 
 @needs_unix
+def test_client_writes_to_a_pipe_that_is_full(start, fast):
+    """It waits until there is room again, though whoever made the pipe did not want to wait."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    bob, robot = fast.join("bob"), run(start, fast, "--name", "robot", stdout=writing)
+    os.close(writing)
+    bob.hears("JOINED robot")
+    for number in range(30):
+        bob.says(*[f"MSG {'x' * 60}"] * 100)         # 200 KB; a pipe holds 64 KiB
+    bob.hears_nothing_but()
+    with open(reading, "rb") as pipe:
+        robot.popen.stdin.close()
+        assert pipe.read().count(b"bob: " + b"x" * 60 + b"\n") == 3000
+    assert robot.status() == 0
+
+@needs_unix
 def test_client_cannot_read(server, start):
     unreadable = os.open(os.devnull, os.O_WRONLY)
     ann = start(Process, "client.py", "127.0.0.1", server.port, "--name", "ann", stdin=unreadable)
@@ -1527,15 +1550,19 @@ def test_client_ends_while_lines_are_pasted(start, speed):
     """Each prompt sets the terminal's modes; none does so after the end has put them back."""
     edit = "os._exit(status)\n", "time.sleep(0.2); os._exit(status)\n"    # time to see it happen
     script = edited("client.py", *[edit] * (speed == "slow"))
+    def pastes():
+        while ann.popen.poll() is None:
+            with contextlib.suppress(BlockingIOError):
+                os.write(ann.keyboard, b"a pasted line\r")
     for number in range(5):
         liar = start(Liar)
         ann = sit_down(start, liar, script=script)
-        pasting = in_thread(os.write, ann.keyboard, b"a pasted line\r" * 250)
+        os.set_blocking(ann.keyboard, False)
+        pasting = in_thread(pastes)
         for _ in range(20 + number):
             liar.hears("MSG a pasted line")
         liar.says("BYE enough")
         assert ann.status() == 0
-        termios.tcflush(ann.tty, termios.TCIFLUSH)
         pasting.join(PATIENCE)
         ann.leaves_terminal_as_it_was()
 

@@ -849,6 +849,7 @@ def test_rule_12_closing_while_all_rename_themselves(start):
     assert server.status(3) == 0
 
 @needs_unix
+@mostly_waits()
 def test_rule_12_nohup(start):
     """SIGHUP is ignored if it was ignored already, as under nohup."""
     ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -1412,6 +1413,7 @@ def test_client_in_a_window_made_lower(start, by_messages):
     ann.types("\x15/quit\r")
     assert ann.status() == 0
 
+@mostly_waits()
 def test_client_many_messages_while_keys_come(start):
     """400 messages, while a key comes every 2 ms: all are shown, all that is typed is sent."""
     def slowly(act, things):
@@ -1984,10 +1986,9 @@ def test_ninety_at_once_with_long_names(alone, start):
     assert heard["MSG"] > 20 * 84                    # not 90: these do not read
 
 @needs_unix
-@pytest.mark.parametrize("limit, value, message", [
-    ("NOFILE", 12, "cannot accept: "), ("NOFILE", 13, "cannot accept: "),
-    ("AS", 200 << 20, "thread ends: .*(new thread|allocate)")])
-def test_few_files_or_threads(alone, start, limit, value, message):
+@mostly_waits(("NOFILE", 12, "cannot accept: "), ("NOFILE", 13, "cannot accept: "),
+              ("AS", 200 << 20, "thread ends: .*(new thread|allocate)"))
+def test_few_files_or_threads(start, limit, value, message):
     """If there are none left a client waits, or its connection is closed; the server goes on."""
     if limit == "AS" and (sys.platform != "linux" or not GIL):
         pytest.skip("only Linux has it, and Python with the GIL")
@@ -2027,10 +2028,10 @@ def sabotage(server, first, end):
 def test_saboteurs(alone, start):
     server = start(Server, "--rate", 200000, "--max-clients", 1000)
     with conversation(server, "ann", "ben", "cem"):
-        at_once(sabotage, *((server, number, 200) for number in range(5)))
+        at_once(sabotage, *((server, number, 150) for number in range(5)))
         server.has_clients(3)
         before = server.measured("VmRSS")
-        at_once(sabotage, *((server, number, 300) for number in range(5)))
+        at_once(sabotage, *((server, number, 200) for number in range(5)))
     assert server.used("VmRSS", before) < (1024 if GIL else 16384)   # KiB; freed later without it
 
 @pytest.mark.parametrize("clients, talkers, rounds", [(50, 10, 30), (200, 5, 6)])

@@ -1678,7 +1678,7 @@ class Replay:
         typed, before = re.match("(?:> |Your name: )(.*)", cell), terminal.out
         if typed:
             if terminal.program == "python client":
-                eventually(lambda: terminal.look()[0][-1] in (">", "Your name:"), terminal.look)
+                self.happens(lambda: terminal.look()[0][-1] in (">", "Your name:"), terminal.look)
             terminal.types(typed[1] + "\r")
             terminal.expected += [typed[1]] * terminal.program.startswith("nc ")         # its echo
         elif cell == "^C":

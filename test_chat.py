@@ -1314,7 +1314,7 @@ def test_client_and_a_line_without_end(start):
     assert "x" not in robot.out and "z" not in robot.out
     if memory is None:
         pytest.skip("all is right but memory, which is not known here")
-    assert memory < (24 if GIL else 48) * 1024       # KiB
+    assert memory < (24 if GIL else 128) * 1024      # KiB; freed later without it
 
 # ---- The client at a terminal, and what a person sees of it -------------------------------------
 def sit_down(start, server, name="ann", script="client.py", **more):
@@ -1502,7 +1502,7 @@ def test_client_flooded_by_the_server(start):
     for number in range(5):
         ann.types(f"typed {number}\r")
         liar.hears_sometime(f"MSG typed {number}", 1)
-    assert (ann.measured("VmHWM") or 0) < (24 if GIL else 48) * 1024     # no /proc: macOS
+    assert (ann.measured("VmHWM") or 0) < (24 if GIL else 128) * 1024    # no /proc: macOS
     liar.half_closes()
     assert ann.status() == 1
 

@@ -1736,9 +1736,9 @@ def test_lesson_by_hand(start, is_edited):
     replay.run(3)
     if is_edited:
         eventually(lambda: alice.out.count("zoe") > 100, "a flood")
-        settled(alice, 0.3)
+        settled(alice, 1)
         alice.types("/who\r")
-        settled(alice, 0.3)
+        settled(alice, 1)
         assert "in this room" not in alice.out and "bob left" not in alice.out
         os.killpg(bob.popen.pid, signal.SIGCONT)     # fg
         eventually(lambda: "* in this room: bob, alice, zoe" in alice.out, "an answer")

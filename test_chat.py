@@ -46,6 +46,7 @@ except ImportError:                                  # Windows
 
 HERE = Path(__file__).parent
 FOLDERS = tempfile.TemporaryDirectory()              # for edited scripts; removed in the end
+CTRL_U, CTRL_Y_ENTER = "\x15", "\x19\r"             # cut the line; paste it again, Enter
 PATIENCE = 10        # seconds until something that should have happened counts as missing
 OTHER_SERVER = shlex.split(os.environ.get("CHAT_SERVER", ""))
 WINDOWS, GIL = os.name == "nt", getattr(sys, "_is_gil_enabled", lambda: True)()
@@ -249,6 +250,10 @@ class Terminal(Process):
         first = -rows % len(self.screen.rows)
         lines = "\n".join("".join(row).rstrip() for row in self.screen.rows[first:]).rstrip("\n")
         return without_times(lines).split("\n"), self.screen.row - first, self.screen.column
+
+    def input_rows(self):
+        """Return what stands in the client's three rows for typing, and the cursor there."""
+        return self.look(3)
 
     def everything(self):
         """Return all lines that are not empty, those that have scrolled away, too."""
@@ -1112,7 +1117,8 @@ def test_client_loses_nothing(start, fast):
 def test_client_joins(start, arguments, name, room, oldest=None):
     """Without --name as a guest; even the first line is a message then."""
     server = start(Server)
-    bob = server.join("keeper", oldest or room) and server.join("bob", room)
+    server.join("keeper", oldest or room)
+    bob = server.join("bob", room)
     robot = run(start, server, *arguments, typed="hello\n")
     assert robot.status() == 0 and re.search(rf"You are {name} in {room}\.\n", robot.out)
     bob.hears_nothing_but(f"JOINED {name}", f"MSG {name} hello", f"LEFT {name}")
@@ -1340,7 +1346,7 @@ def test_client_at_a_terminal(start, server):
     eventually(lambda: "20 letters" in ann.out)
     ann.types("ann\r", "* Welcome to Chatroom, ann! You are ann in lobby.", ">", cursor=2)
     bob.hears("JOINED ann")
-    assert ann.look(3) == ([">"], 0, 2)
+    assert ann.input_rows() == ([">"], 0, 2)
     ann.types("hallo\033[D\033[D\033[D\x7fe", "> hello", cursor=4)             # three to the left
     bob.says("MSG hi")
     ann.sees("bob: hi", "> hello", cursor=4)
@@ -1363,16 +1369,16 @@ def test_client_keeps_what_is_being_typed(start, keys, window=None):
     settled(ann)
     ann.resize(*window or (60, 24))
     settled(ann)
-    before = ann.look(3)
+    before = ann.input_rows()
     assert window or "\r" in keys or before[0][0] not in (">", ""), before
     for text in ("one", "two", "three"):
         bob.says(f"MSG {text}")
         ann.shows(f"bob: {text}")
-        assert window or ann.look(3) == before
+        assert window or ann.input_rows() == before
     ann.types(", and all\r" if window else "\x05\r")          # Ctrl-E ends a search
     text = re.sub(r"\033\[D|\r.*|[\x01\x0c]", "", keys) + ", and all" * bool(window)
     bob.hears(*[f"MSG ann {re.escape(text)}"] * (1 + ("\r" in keys)))
-    eventually(lambda: ann.look(3) == ([">"], 0, 2), ann.look)
+    eventually(lambda: ann.input_rows() == ([">"], 0, 2), ann.look)
     bob.says("MSG after")
     ann.sees("bob: after", ">", cursor=2)
     ann.shows("bob: three")
@@ -1413,7 +1419,7 @@ def test_client_in_a_window_made_lower(start, by_messages):
         ann.resize(60, height)
         for number in range(3):
             happens(f"{number} at {height}")
-    ann.types("\x15/quit\r")
+    ann.types(f"{CTRL_U}/quit\r")
     assert ann.status() == 0
 
 @mostly_waits()
@@ -1431,7 +1437,7 @@ def test_client_many_messages_while_keys_come(start):
     ann.sees("bob: number 399", "> half")
     shown = "\n".join(ann.everything())
     assert re.findall("\nbob: number (.*)", shown) == [*map(str, range(400))]
-    ann.types("\025" + "".join(f"pasted {number}\r" for number in range(50)))
+    ann.types(CTRL_U + "".join(f"pasted {number}\r" for number in range(50)))
     bob.hears(*(f"MSG ann pasted {number}" for number in range(50)))
 
 def test_client_and_the_shell(start, server):
@@ -1509,7 +1515,7 @@ def test_client_flooded_by_the_server(start):
 NO_BYE = "client.py: the connection has ended without BYE\n"
 DOING = {"at the prompt": "", "in half a line": "half a line", "waiting for an answer": "/name x\r",
          "in a search": "\x12ha",                    # a line cut, then pasted: more than is read
-         "in a send": "x" * 1000 + "\25" + "\31\r" * 300}
+         "in a send": "x" * 1000 + CTRL_U + CTRL_Y_ENTER * 300}
 
 @mostly_waits(*itertools.product(("half_closes", "stop"), DOING))
 def test_client_ends_without_a_key(start, ending, doing):

@@ -90,6 +90,7 @@ class Client:
         # recv may wait half a second; send must not wait at all. A Python socket has one timeout
         # for both: so these are two socket objects for one connection. (dup, as in C; but there one
         # would use MSG_DONTWAIT, which Windows lacks.) The connection ends when both are closed.
+        set_options(sock)
         self.sock = sock
         self.sock.settimeout(POLL_SECONDS)
         self.send_sock = sock.dup()
@@ -323,7 +324,6 @@ def accept_clients(listener):
                 time.sleep(POLL_SECONDS)             # it would fail again at once
             continue
         number += 1
-        set_options(sock)
         staying = [other for other in clients if not other.reason]
         if len(staying) >= options.max_clients:      # its thread says so in BYE, and closes
             client.disconnect(f"the server is full (at most {options.max_clients} clients)")

@@ -87,10 +87,10 @@ class Room:
 class Client:
     """A connection, its name and room. Other clients' threads call `send` and `disconnect`."""
     def __init__(self, sock, thread_name):
+        set_options(sock)
         # recv may wait half a second; send must not wait at all. A Python socket has one timeout
         # for both: so these are two socket objects for one connection. (dup, as in C; but there one
         # would use MSG_DONTWAIT, which Windows lacks.) The connection ends when both are closed.
-        set_options(sock)
         self.sock = sock
         self.sock.settimeout(POLL_SECONDS)
         self.send_sock = sock.dup()

@@ -698,6 +698,19 @@ def test_rule_10_slow_readers(fast):
     fast.join("slow")
     assert fast.used("VmRSS", before) < 1024
 
+def test_rule_10_a_cut_line_is_the_last(fast):
+    """A client that has fallen behind, and only then reads, gets no more after half a line."""
+    alice, slow = fast.join_all("alice", "slow", receive_buffer=4096)
+    alice.says(*[f"MSG {'x' * 1000}"] * 1000)
+    alice.asks("WHO", "LEFT slow|WHO .*")            # all of it has been carried out
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while data := slow.sock.recv(65536):
+            received += data
+    *lines, cut = received.split(b"\n")
+    whole = b"MSG alice " + b"x" * 1000
+    assert set(lines) == {whole} and whole.startswith(cut) and len(lines) < 1000
+
 def test_log_first_reason_stays(fast):
     """The log says why it was dropped, though its own thread sees the end of file first."""
     alice, slow = fast.join_all("alice", "slow", receive_buffer=4096)

@@ -33,41 +33,44 @@ HELP = """\
 //text      say "/text"; anything else is sent as a message"""
 MAX_REQUEST = 1024           # bytes in a line to the server, its ending not counted
 MAX_LINE = 64 * 1024         # bytes in a line from the server; a longer one is not shown
-POLL_SECONDS = 0.5           # how long main waits at a time
+POLL_SECONDS = 0.5           # how long main waits for the other thread before it tries again
 
 
 class Chat:
     """The conversation. The main thread runs `run`, the reader thread `read`."""
     def __init__(self, sock, screen):
-        self.sock = sock
+        self.sock = sock                     # main sends on it, the reader thread receives
         self.screen = screen
+        # These need no lock. The reader thread sets `name` and `refusal`, and then `answered`: for it
+        # main waits. Main sets `has_left`, and then sends LEAVE, whose answer the reader receives.
         self.name = ""                       # our name, as the last WELCOME said
-        self.refusal = ""                    # why the last JOIN was refused; "" if it was not
-        self.answered = threading.Event()    # set when the answer to JOIN has come
-        self.has_left = False                # whether all has been said, and LEAVE follows
-        # Why this needs no lock: `name` and `refusal` are written by the reader thread only; main
-        # waits for `answered` before it relies on them. `has_left` is written by main only, once.
-        # Only main sends on the socket, only the reader thread receives.
+        self.refusal = None                  # why the last JOIN was refused; None if it was not
+        self.answered = threading.Event()    # whether JOIN is answered; in C: a flag, a condition
+        self.has_left = False                # whether we leave, and BYE is only the answer
 
     def run(self, name, room):
-        """Join, send what is typed, leave. Does not return: see Screen.end."""
+        """Start the reader thread, hold the conversation, and end the process."""
         threading.Thread(target=self.read, name="reader", daemon=True).start()
         try:
-            try:
-                self.enter(name, room)
-                self.talk()
-            except EOFError:                 # Ctrl-D, or the end of a script's input
-                pass
-            self.has_left = True
-            self.send("LEAVE")               # the answer is BYE
-            self.wait_for_the_end()
-        except KeyboardInterrupt:
+            self.converse(name, room)
+        except KeyboardInterrupt:            # Ctrl-C; the server will see the end of the connection
             if self.name and self.screen.interactive:
-                self.screen.end(0, "you have left")
+                self.screen.exit(0, "you have left")
             else:
-                self.screen.end(130, "interrupted")      # 128 + SIGINT, as a shell expects
+                self.screen.exit(130, "interrupted")     # 128 + SIGINT, as a shell expects
         except OSError as error:             # of the keyboard or the screen
-            self.screen.end(1, f"cannot read or write: {error.strerror}")
+            self.screen.exit(1, f"cannot read or write: {error.strerror}")
+
+    def converse(self, name, room):
+        """Join, send what is typed, leave; then wait for BYE, at which the reader thread exits."""
+        try:
+            self.enter(name, room)
+            self.talk()
+        except EOFError:                     # Ctrl-D, or the end of a script's input
+            pass
+        self.has_left = True
+        self.send("LEAVE")
+        self.wait_for_the_end()
 
     def enter(self, name, room):
         """Join. If that is refused a person is asked for another name; a script ends."""
@@ -75,24 +78,25 @@ class Chat:
             name = self.screen.ask("Your name: ")
         while not self.join(name, room):
             if not self.screen.interactive:
-                self.screen.end(1, f"{self.refusal}; start again with another --name or --room")
+                self.screen.exit(1, f"{self.refusal}; start again with another --name or --room")
             name = self.screen.ask("Your name: ")
 
     def talk(self):
         """Send each line that is typed as a message, or carry it out if it is a command."""
         while True:
             line = self.screen.ask("> ")
-            command, *words = line.split() or [""]
+            words = line.split()
+            command = words[0] if words else ""
             if not line.startswith("/"):
                 self.say(line)
             elif line.startswith("//"):
                 self.say(line[1:])
             elif command in ("/who", "/rooms"):
                 self.send(command[1:].upper())
-            elif command == "/name" and len(words) == 1:
-                self.join(words[0])
-            elif command == "/join" and len(words) == 1:
-                self.join(self.name, words[0])
+            elif command == "/name" and len(words) == 2:
+                self.join(words[1])          # waits: under which name do we go on?
+            elif command == "/join" and len(words) == 2:
+                self.join(self.name, words[1])
             elif command == "/quit":
                 return
             elif command == "/help":
@@ -101,35 +105,28 @@ class Chat:
                 self.screen.show(f"* unknown command or wrong arguments: {line}; see /help")
 
     def say(self, text):
-        """Send `text` as MSG; if it is too long, as several."""
-        data = text.encode("utf-8", "replace")
-        while data.strip():
-            piece = data[:MAX_REQUEST - len("MSG ")]
-            piece = piece.decode("utf-8", "ignore")      # drops a character that was cut in two
-            data = data[len(piece.encode()):]
+        """Send `text` (str) as MSG; if it is too long, as several; if it is blank, as none."""
+        for piece in pieces(text):
             self.send(f"MSG {piece}")
-            # The server does not send us what we have said. At a divided screen the next prompt
-            # clears what was typed: so it is shown above, as what the others say.
-            if self.screen.size() != (0, 0):
-                self.show_message(self.name, piece)
+            self.screen.show_own_message(self.name, piece)   # the server does not send it to us
 
     def join(self, name, room=""):
-        """Send JOIN and wait for the answer; return whether it was WELCOME."""
-        name = "_".join(name.split())        # a second word would be a room,
-        room = "_".join(room.split())        # a third one an error
+        """Send JOIN and wait for the answer, maybe a new name; return whether it was WELCOME."""
+        name = "_".join(name.split())        # one word: a second one would be taken for a room
+        room = "_".join(room.split())
         if room and not name:                # JOIN takes no room without a name
             name = f"guest{random.randrange(10 ** 6)}"
-        self.answered.clear()                # an ERROR that has come before is not the answer
+        self.answered.clear()                # what has come before is not the answer
         self.send(f"JOIN {name} {room}".strip())
         while not self.answered.wait(POLL_SECONDS):
-            pass                             # wait on; on Windows now Ctrl-C is noticed
-        return not self.refusal
+            pass                             # in short steps: so Ctrl-C ends it on Windows, too
+        return self.refusal is None
 
     def send(self, request):
         """Send one request (str)."""
         try:
             self.sock.sendall(request.encode("utf-8", "replace") + b"\n")
-        except OSError:                      # the reader thread sees why, maybe from a last BYE
+        except OSError:                      # the reader thread, too, finds that it has ended
             self.wait_for_the_end()
 
     def wait_for_the_end(self):
@@ -139,79 +136,55 @@ class Chat:
 
     def read(self):
         """Show what the server sends until its BYE or the end of the connection; then end."""
-        unfinished = b""
         try:
-            data = self.receive()
-            while data:
-                # Cut at newlines, as the server does; what follows the last one has no end yet.
-                lines = (unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
-                unfinished = lines.pop()[:2 * MAX_LINE]      # enough to be seen to be too long
-                for line in lines:
-                    text = safe(line.decode("utf-8", "replace"))
-                    self.hear(text if len(line) <= MAX_LINE else "(a line that is too long)")
-                data = self.receive()
-            self.screen.end(1, "the connection has ended without BYE")
+            for line in lines_from(self.sock):
+                self.hear(line)
+            self.screen.exit(1, "the connection has ended without BYE")
         except OSError as error:             # of the screen
-            self.screen.end(1, f"cannot write: {error.strerror}")
+            self.screen.exit(1, f"cannot write: {error.strerror}")
         except Exception:                    # a mistake in this program
-            self.screen.end(1, traceback.format_exc())
-
-    def receive(self):
-        """Return what the server sends (bytes); b"" when the connection has ended, or was reset."""
-        try:
-            return self.sock.recv(MAX_LINE)
-        except OSError:
-            return b""
+            self.screen.exit(1, traceback.format_exc())
 
     def hear(self, line):
         """Show a line from the server (str). Note the answer to JOIN. End at BYE."""
         verb, _, rest = line.partition(" ")
-        if verb == "MSG":
+        if verb == "MSG":                    # MSG name text
             name, _, text = rest.partition(" ")
-            self.show_message(name, text)
-        elif verb == "WELCOME":
-            room, _, name_and_greeting = rest.partition(" ")
-            self.name, _, greeting = name_and_greeting.partition(" ")
-            self.show_notice(f"* {greeting} You are {self.name} in {room}.")
-            self.note_answer("")
-        elif verb == "ERROR":
+            self.screen.show_message(name, text)
+        elif verb == "WELCOME":              # WELCOME room name text
+            self.welcome(rest)
+        elif verb == "ERROR":                # ERROR text
             if self.name or self.screen.interactive:         # otherwise `enter` shows it
-                self.show_notice(f"! {rest}")
-            self.note_answer(rest)
-        elif verb in ("JOINED", "LEFT"):
-            self.show_notice(f"* {rest} {verb.lower()}")
-        elif verb == "WHO":
-            self.show_notice("* in this room: " + rest.replace(" ", ", "))
-        elif verb == "ROOMS":
-            self.show_notice("* rooms: " + rest.replace(" ", ", ").replace("=", " with "))
-        elif verb == "BYE":
+                self.screen.show_notice(f"! {rest}")
+            self.refusal = rest
+            self.answered.set()
+        elif verb in ("JOINED", "LEFT"):     # JOINED name
+            self.screen.show_notice(f"* {rest} {verb.lower()}")
+        elif verb == "WHO":                  # WHO name name ...
+            self.screen.show_notice("* in this room: " + rest.replace(" ", ", "))
+        elif verb == "ROOMS":                # ROOMS room=count room=count ...
+            self.screen.show_notice("* rooms: " + rest.replace(" ", ", ").replace("=", " with "))
+        elif verb == "BYE":                  # BYE text
             self.bye(rest)
         else:
-            self.show_notice(f"? {line}")
+            self.screen.show_notice(f"? {line}")
 
-    def note_answer(self, refusal):
-        """Tell main, which may be waiting, what came of JOIN (str, empty for WELCOME)."""
-        self.refusal = refusal
+    def welcome(self, text):
+        """Note and show where we are (text: "room name greeting"). It is the answer to JOIN."""
+        room, _, name_and_greeting = text.partition(" ")
+        self.name, _, greeting = name_and_greeting.partition(" ")
+        self.screen.show_notice(f"* {greeting} You are {self.name} in {room}.")
+        self.refusal = None
         self.answered.set()
 
     def bye(self, reason):
-        """End. The status is 1 if the server put an end to it: before we joined, or to a script."""
+        """End. It is a failure, status 1, for a script, and for a person who has not joined."""
         if self.has_left:
-            self.screen.end(0, "you have left")
+            self.screen.exit(0, "you have left")
         elif self.name and self.screen.interactive:
-            self.screen.end(0, reason)
+            self.screen.exit(0, reason)
         else:
-            self.screen.end(1, reason)
-
-    def show_message(self, name, text):
-        """Show what somebody says; each name has a colour of its own."""
-        colour = COLOURS[sum(name.casefold().encode()) % len(COLOURS)]
-        name = self.screen.styled(name, f"38;5;{colour}")
-        self.screen.show(f"{name}: {text}")
-
-    def show_notice(self, text):
-        """Show what is not a message, dimmed."""
-        self.screen.show(self.screen.styled(text, "2"))
+            self.screen.exit(1, reason)
 
 
 # ---- The terminal --------------------------------------------------------------------------------
@@ -222,9 +195,9 @@ ESC, CSI = "\033", "\033["               # the beginnings of codes for the termi
 
 class Screen:
     """The terminal. You type in the rows at the bottom; above them the conversation scrolls."""
-    # Both threads write here, each time with one write, which leaves the cursor where it was: so
-    # nothing gets in between, and whatever edits the typed line (readline, the Windows console)
-    # never notices that the other thread has shown a message.
+    # Both threads write here. The reader thread shows a message with one write, which leaves the
+    # cursor where it was. So nothing gets in between, and whatever edits the typed line (readline,
+    # the Windows console) never notices.
     def __init__(self):
         self.open_streams()
         self.interactive = sys.stdin.isatty()
@@ -232,7 +205,7 @@ class Screen:
         self.divisible = (console and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
                           and os.system("") == 0)    # on Windows this turns escape codes on
         self.modes = termios.tcgetattr(sys.stdin) if termios and console else None
-        self.ending = threading.Lock()               # see end
+        self.prompt_lock = threading.Lock()          # see exit
         self.height = sum(self.size())               # of the terminal, at the last write
         if readline and self.divisible:
             self.set_up_readline()
@@ -296,6 +269,26 @@ class Screen:
                    + f"{CSI}r"               # from now on the whole screen scrolls
                    + f"{ESC}8")              # restore the cursor
 
+    def show_message(self, name, text):
+        """Show what somebody says; the same name always has the same colour."""
+        colour = COLOURS[sum(name.casefold().encode()) % len(COLOURS)]
+        name = self.styled(name, f"38;5;{colour}")
+        self.show(f"{name}: {text}")
+
+    def show_own_message(self, name, text):
+        """Show what one has said oneself, if the next prompt clears the row it was typed in."""
+        if self.size() != (0, 0):
+            self.show_message(name, text)
+
+    def show_notice(self, text):
+        """Show what is not a message, dimmed."""
+        self.show(self.styled(text, "2"))
+
+    def styled(self, text, style):
+        """Return `text` with codes for a style around it, if the terminal wants them."""
+        wanted = self.divisible and "NO_COLOR" not in os.environ
+        return f"{CSI}{style}m{text}{CSI}0m" if wanted else text
+
     def bottom(self):
         """Return the codes (str) that clear the rows at the bottom, and go to the first of them."""
         rows, input_rows = self.size()
@@ -306,26 +299,21 @@ class Screen:
 
     def ask(self, prompt):
         """Return the next line typed (str). Raises EOFError, KeyboardInterrupt, OSError."""
-        # `end` takes this lock for good: from then on no prompt begins. It is not held in input(),
-        # or `end` would have to wait for somebody to type.
-        with self.ending:
+        # `exit` takes this lock for good: from then on no prompt begins. It is not held in input(),
+        # or `exit` would have to wait for somebody to type.
+        with self.prompt_lock:
             self.write(self.bottom())
         line = input(prompt if self.interactive else "")
         return safe(line.replace("\n", " "))             # readline may paste several lines as one
 
-    def styled(self, text, style):
-        """Return `text` with codes for a style around it, if the terminal wants them."""
-        wanted = self.divisible and "NO_COLOR" not in os.environ
-        return f"{CSI}{style}m{text}{CSI}0m" if wanted else text
-
-    def end(self, status, reason):
+    def exit(self, status, reason):
         """Say why, give the terminal back, and end the process, whatever its threads are doing."""
         # input() changes the modes of the terminal. If that came last, the shell would not echo. So
-        # first no prompt may begin any more; one that is just beginning gets 0.05 s; then `exit`
-        # puts the modes back.
+        # we let no prompt begin any more, say why, give an input() that was just beginning 0.05 s to
+        # change the modes, and put them back.
         try:
-            threading.Timer(1, self.exit, [status]).start()      # in case the output is stuck
-            self.ending.acquire()
+            threading.Timer(1, self.restore_and_exit, [status]).start()      # if output is stuck
+            self.prompt_lock.acquire()
             if self.divisible:
                 print(self.bottom(), end="", flush=True)
             if status:
@@ -334,9 +322,9 @@ class Screen:
                 print(self.styled(f"* {reason}", "2"), flush=True)
             time.sleep(0.05)
         finally:
-            self.exit(status)
+            self.restore_and_exit(status)
 
-    def exit(self, status):
+    def restore_and_exit(self, status):
         """Put the modes of the terminal back, and end the process: in C, tcsetattr and _exit."""
         try:
             if self.modes:
@@ -360,6 +348,36 @@ def safe(text):
     return UNSAFE.sub("\ufffd", text.replace("\t", " "))
 
 
+def lines_from(sock):
+    """Yield the lines (str) that the server sends, until the connection has ended, or was reset."""
+    unfinished = b""
+    while True:
+        try:
+            data = sock.recv(MAX_LINE)
+        except OSError:
+            data = b""
+        if not data:
+            return
+        # Cut at newlines, as the server does; what follows the last one has no end yet.
+        lines = (unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
+        unfinished = lines.pop()[:2 * MAX_LINE]      # enough to be seen to be too long
+        for line in lines:
+            text = safe(line.decode("utf-8", "replace"))
+            yield text if len(line) <= MAX_LINE else "(a line that is too long)"
+
+
+def pieces(text):
+    """Cut `text` (str) so that each piece fits into a request; return a list of str."""
+    result = []
+    data = text.encode("utf-8", "replace")
+    while data.strip():
+        piece = data[:MAX_REQUEST - len("MSG ")]
+        piece = piece.decode("utf-8", "ignore")      # drops a character that was cut in two
+        data = data[len(piece.encode()):]
+        result.append(piece)
+    return result
+
+
 def connect(host, port):
     """Return a connected socket; if that is impossible, exit with status 1."""
     try:
@@ -376,7 +394,7 @@ def connect(host, port):
 
 
 def main():
-    """Run the client. Exit status: 0 after leaving; 1: it failed; 2: usage; 130: Ctrl-C."""
+    """Run the client. Exit status: 0 after leaving; 1: failure; 2: usage; 130: Ctrl-C."""
     parser = argparse.ArgumentParser(description="A chatroom client. Type /help for its commands.")
     parser.add_argument("host", help="address of the server, 127.0.0.1 for this machine")
     parser.add_argument("port", type=int, help="the server's port")

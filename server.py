@@ -8,16 +8,18 @@
 Client and server send each other lines of text. The first word of a line is its verb:
 
     a client sends                                the server sends
-    JOIN [name [room]]   enter a room             WELCOME room name text   you are in it
+    JOIN [name [room]]   enter, move or rename    WELCOME room name text   you are in it
     MSG text             say it to the others     MSG name text            somebody says it
     WHO                  who is in my room?       WHO name name ...
     ROOMS                which rooms are there?   ROOMS room=count room=count ...
     LEAVE                leave, and hang up       JOINED name, LEFT name   others come and go
-                                                  ERROR text, BYE text     refused; why I hang up
+                                                  ERROR text               your request is refused
+                                                  BYE text                 why I hang up
 
 The main thread accepts connections and starts a thread for each. That thread receives the client's
-requests and carries them out. One more thread writes the log. No other thread has to wake one that
-waits on a socket: after half a second it gives up, checks whether to stop, and waits again.
+requests and carries them out. One more thread writes the log. A thread that waits on a socket gives
+up after half a second, checks whether to stop, and waits again. (On Windows no other thread could
+wake it, not even with shutdown.)
 """
 import argparse
 import logging
@@ -34,31 +36,22 @@ import unicodedata
 
 POLL_SECONDS = 0.5           # how long a thread waits on a socket before it checks whether to stop
 JOIN_SECONDS = 300           # a client that takes longer to join is disconnected
-MOVE_SECONDS = 1             # a client in a room can rename itself or move once in this time
 FLOOD_SECONDS = 60           # a client that sends too fast for this long is disconnected
-FAREWELL_SECONDS = 1         # how long a client may go on sending after its BYE
-ACCEPT_SECONDS = 0.007       # between two accepts: so there are some 140 connections a second
+ACCEPT_SECONDS = 0.007       # pause before each accept: so at most 142 can connect in a second
+MAX_REFUSED = 10             # connections above --max-clients: they are refused, or just leaving
 MAX_REQUEST = 1024           # bytes in a request, its line ending not counted
-MAX_NAME = 20                # characters in the name of a person or a room
-RECEIVE_BUFFER = 64 * 1024   # bytes from a client that may wait in the kernel to be received
-SEND_BUFFER = 256 * 1024     # bytes that may wait there for a client that reads slowly
-BACKLOG = 1024               # connections that may wait for accept
-AT_THE_DOOR = 10             # connections above --max-clients, which are told that it is full
 log = logging.getLogger("chat")
-options = argparse.Namespace()           # set before the first thread starts: see parse_arguments
+options = argparse.Namespace()           # --rate and so on; filled before the first thread starts
 
 # ---- What the threads share, and why that is safe ------------------------------------------------
 rooms = []                               # oldest first; empty rooms are removed
 rooms_lock = threading.Lock()            # in C: a pthread_mutex_t
-closing = False                          # becomes True at Ctrl-C, and stays True
+closing = False                          # becomes True at Ctrl-C, and stays True (rule 4)
 
-# 1. A thread holds the lock while it uses `rooms` or a room, and while it sends. So no name is
-#    given twice, no room is created twice, and all in a room get the same lines in the same order.
-# 2. A thread that holds the lock never waits for a client. So nobody waits long for the lock.
-# 3. Only a client's own thread changes its name and room. It leaves the room first, and closes the
-#    connection afterwards. So to send to whoever is found in a room is safe.
-# 4. Two things that others set are read without the lock: `closing`, and the `reason` to disconnect
-#    a client. Both stay set: a thread that has just missed it sees it the next time.
+# 1. A thread holds the lock while it uses `rooms`, a room or its members, and while it sends. So no
+#    name is given twice, no room is created twice, and a room's lines reach all in one order.
+# 2. A thread that holds the lock never waits for a client: `send` gives up at once. So nobody waits
+#    long for the lock. (Rules 3 and 4 stand where a client's variables are.)
 
 
 class Room:
@@ -85,32 +78,31 @@ class Room:
 
 
 class Client:
-    """A connection, its name and room. Other clients' threads call `send` and `disconnect`."""
+    """A connection, its name and room. Other threads call only `send` and `disconnect`."""
     def __init__(self, sock, thread_name):
-        set_options(sock)
-        # recv may wait half a second; send must not wait at all. A Python socket has one timeout
-        # for both: so these are two socket objects for one connection. (dup, as in C; but there one
-        # would use MSG_DONTWAIT, which Windows lacks.) The connection ends when both are closed.
-        self.sock = sock
-        self.sock.settimeout(POLL_SECONDS)
-        self.send_sock = sock.dup()
-        self.send_sock.setblocking(False)
-        self.thread = threading.Thread(target=self.serve, name=thread_name, daemon=True)
+        # Two objects for one connection, which is O_NONBLOCK. recv on the first waits for half a
+        # second at most (Python polls before it receives); send on the second never waits.
+        self.sock, self.send_sock = two_sockets(sock)
+        self.thread = threading.Thread(target=self.serve, name=thread_name)
+        self.pace = Pace()               # slows down a client that sends too fast
+        self.unfinished = b""            # the beginning of a request whose end has not come yet
+        self.send_failed = False         # if so, maybe within a line: then not even BYE follows
+        # 3. Only the client's own thread changes its name and room. It leaves the room before it
+        #    closes the connection. So a thread that finds a client in a room can send to it.
         self.name = "(no name yet)"
         self.room = None                 # the Room that it is a member of
-        self.reason = None               # why it is disconnected; None as long as it stays
-        self.unfinished = b""            # the beginning of a request whose end has not come yet
-        self.moved = 0                   # when it last renamed itself or moved
-        self.flooding = 0                # seconds of `slow_down` since we last caught up with it
+        # 4. `reason` and `closing` are set and read without the lock (in C they would be atomic).
+        #    Once set they stay set: a thread that has just missed it sees it the next time.
+        self.reason = None               # why it has to go; None as long as it stays
 
     def serve(self):
-        """Serve the client from beginning to end. Runs in the client's own thread."""
-        # The one way out, whatever the reason. A mistake in this program ends only the client that
-        # met it; and the steps that follow are taken all the same.
+        """Serve the client from beginning to end, in its own thread."""
+        # The one way out, whatever the reason. A mistake in this program ends only the step that it
+        # is in, for this client: the next step is taken all the same.
         for step in (self.converse, self.leave, self.close):
             try:
                 step()
-            except BaseException:        # sys.exit, too
+            except BaseException:        # any exception, even that of sys.exit
                 log.exception("an error in the server")
                 self.disconnect("an error in the server")
 
@@ -122,71 +114,58 @@ class Client:
                 self.disconnect("the server is closing")
             elif not self.room and time.monotonic() > join_by:
                 self.disconnect(f"no JOIN within {JOIN_SECONDS} seconds")
+            elif self.pace.slept > FLOOD_SECONDS:
+                self.disconnect(f"sending too fast for {FLOOD_SECONDS} seconds")
             else:
                 self.receive()
 
     def receive(self):
         """Wait half a second at most for some bytes; carry out the requests that they complete."""
-        asked = time.monotonic()
         try:
-            data = self.sock.recv(options.piece)     # a piece: 81 bytes at the default --rate
+            data = self.sock.recv(self.pace.recv_size)   # few bytes, so that the sleep is short
         except OSError as error:
-            self.flooding = 0
-            if error.errno:              # otherwise it is just our timeout: nothing has come
+            timed_out = error.errno is None          # Python's timeout has no errno, TCP's has one
+            if not timed_out:
                 self.disconnect(f"connection lost: {error.strerror}")
             return
-        # Nothing more was waiting if the piece is short, or was long in coming. (A short cut: lines
-        # of exactly one piece, more than ten a second, look like a flood.)
-        caught_up = len(data) < options.piece or time.monotonic() - asked > 0.1
         log.debug("recv %r", data)
         if data == b"":                  # the client has closed its side: nothing more will come
             self.disconnect("end of file")
             return
         # TCP delivers a stream of bytes, without message boundaries: so cut it at the newlines. The
-        # last line has no end yet. Keep it; but if it is too long already, its end is not needed.
+        # last line has no end yet. Of one that is too long keep enough to see that: MAX_REQUEST, a
+        # \r that does not count, and one more.
         lines = (self.unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
-        self.unfinished = lines.pop()[:2 * MAX_REQUEST]
+        self.unfinished = lines.pop()[:MAX_REQUEST + 2]
         requests = [parse(line) for line in lines if line.strip()]
-        self.carry_out(requests)
-        if options.rate and not (closing or self.reason):
-            self.slow_down(len(data), len(requests), caught_up)
-
-    def slow_down(self, size, requests, caught_up):
-        """Sleep as long as `size` bytes with so many requests should take at --rate."""
-        # At 8192 bytes a second a piece of 81 bytes takes 10 ms. A request counts as 100 bytes at
-        # least: so 40 tiny ones take half a second. Meanwhile what a flooder sends fills the buffer
-        # of its socket here, then the one at the other end, and then its `send` has to wait.
-        seconds = max(size, 100 * requests) / options.rate
-        time.sleep(seconds)
-        if caught_up:
-            self.flooding = 0
-        else:
-            self.flooding += seconds
-        if self.flooding > FLOOD_SECONDS:
-            self.disconnect(f"sending too fast for {FLOOD_SECONDS} seconds")
+        if requests:
+            self.carry_out(requests)
+        # Sleep as long as these bytes may take at --rate. What the client sends meanwhile fills the
+        # receive buffer here, then the send buffer at its end, and then its `send` has to wait.
+        self.pace.sleep(len(data), len(requests))
 
     def carry_out(self, requests):
         """Carry out requests (verb, text) in their order, none after LEAVE or once closing."""
         log.debug("waits for the lock")
-        # JOIN is one critical section, until WELCOME is sent. Between "is the name free?" and the
-        # taking nobody else may take it; between the entering and WELCOME nobody may send to us.
-        with rooms_lock:
+        with rooms_lock:                 # one critical section, until the last answer is sent
             log.debug("has the lock")    # logging does not wait, either: see start_log
-            messages = ""                # MSG requests in a row; each member gets them in one send
+            unsent = ""                  # messages for the others: several in one send are faster
             for verb, text in requests:
                 if closing or self.reason:
                     break
                 if verb == "MSG" and self.room:
                     if text.strip():
-                        messages += f"MSG {self.name} {text}\n"
+                        unsent += f"MSG {self.name} {text}\n"
                 elif verb == "LEAVE":
                     self.disconnect("you said LEAVE")
                 else:
-                    self.broadcast(self.room, messages)      # what came first goes first
-                    messages = ""
+                    if unsent:           # JOIN may change the room: first send to the old one
+                        self.broadcast(self.room, unsent)
+                        unsent = ""
                     answer = self.answer(verb, text)
                     self.send(f"{answer}\n".encode())
-            self.broadcast(self.room, messages)
+            if unsent:
+                self.broadcast(self.room, unsent)
             log.debug("releases the lock")
 
     def answer(self, verb, text):
@@ -208,50 +187,50 @@ class Client:
         words = unicodedata.normalize("NFC", text).split()   # é is one character, however typed
         if len(words) > 2 or not all(is_name(word) for word in words):
             return f"ERROR JOIN [name [room]]; a name is 1 to {MAX_NAME} letters, digits, _ or -"
-        if self.room and options.rate and time.monotonic() < self.moved + MOVE_SECONDS:
+        if self.room and not self.pace.may_move():
             return "ERROR you can move or rename yourself once a second; try again"
-        taken = set()                    # casefold: like lower, but for all scripts
+        # carry_out holds the lock until it has sent WELCOME. Otherwise two could find the same name
+        # free, and take it; or somebody could send to us before WELCOME.
+        taken = set()                    # casefold: so that Ann and ann are one name
         for room in rooms:
-            taken.update(member.name.casefold() for member in room.members if member is not self)
-        number = 1
-        while f"guest{number}" in taken:
-            number += 1
-        name = words[0] if words else f"guest{number}"
+            for member in room.members:
+                if member is not self:
+                    taken.add(member.name.casefold())
+        name = words[0] if words else free_guest_name(taken)
         if name.casefold() in taken:
             return f"ERROR the name {name} is taken"
         if len(words) == 2:
             room = find_room(words[1])
         else:
             room = self.room or find_room()
-        if (name, room) == (self.name, self.room):
+        if name == self.name and room is self.room:
             return f"ERROR you are already {name} in {room.name}"
         if self.room:                    # the first JOIN does not count
-            self.moved = time.monotonic()
+            self.pace.moved = time.monotonic()
         self.move(name, room)
         return f"WELCOME {room.name} {name} Welcome to {options.name}, {name}!"
 
     def move(self, name, room):
         """Take `name` and go to `room`, the same or another (None: leave). Needs the lock."""
         old_name, old_room = self.name, self.room
-        if room is old_room:
-            self.name = name
+        self.name = name
+        if old_room and name != old_name:
             log.info("%s is now %s", old_name, name)
-        else:
+        if room is not old_room:
             if old_room:
                 old_room.remove(self)
-            self.name, self.room = name, room
+            self.room = room
             if room:
                 room.add(self)
-        # The others are told last: so even if an edit breaks `send`, the rooms are in order. In the
-        # same room a new name, too, is LEFT and JOINED to them.
-        if not closing:                  # otherwise everybody leaves, and nobody needs to be told
+        # The others are told last: so if a mistake in `send` ends this, the rooms are right. If
+        # the room is the same they hear that the old name has left it, and the new one has joined.
+        if old_room and not closing:     # when all leave, nobody is told
             self.broadcast(old_room, f"LEFT {old_name}\n")
-        self.broadcast(room, f"JOINED {name}\n")
+        if room:
+            self.broadcast(room, f"JOINED {name}\n")
 
     def broadcast(self, room, lines):
-        """Send `lines` (str) to the others in `room`, if there are any. Needs the lock."""
-        if not room or not lines:
-            return
+        """Send `lines` (str) to the other members of `room`. Needs the lock."""
         data = lines.encode()
         for member in room.members:
             if member is not self and not member.reason:     # those about to leave get no more
@@ -259,40 +238,33 @@ class Client:
 
     def send(self, data):
         """Send `data` (bytes) without waiting, or disconnect the client. Needs the lock."""
-        if options.trace:                # without this `if` everything would be slower
+        if options.trace:                # (this is called so often that the `if` saves time)
             log.debug("send %r to %s", data, self.name)
         try:
             sent = self.send_sock.send(data)
         except OSError:                  # the send buffer is full, or the connection is lost
             sent = 0                     # (in C, SIGPIPE; Python ignores that signal)
         if sent < len(data):             # half a line may have been sent: so nothing may follow
+            self.send_failed = True
             self.disconnect("dropped: not reading, or gone")
-            self.send_sock.close()       # so every later send fails: that of BYE, see leave
 
     def disconnect(self, reason):
-        """Note why the client is to go. Its own thread sees that within half a second."""
+        """Note why the client has to go. Its own thread will see that: see `converse`."""
         self.reason = self.reason or reason      # the first stays; of two at once, either
 
     def leave(self):
         """Say BYE to the client, if it was not dropped, and leave the room."""
         with rooms_lock:
             try:
-                self.send(f"BYE {self.reason}\n".encode())
+                if not self.send_failed:
+                    self.send(f"BYE {self.reason}\n".encode())
             finally:
                 if self.room:
                     self.move(self.name, None)
 
     def close(self):
-        """Read on until the client hangs up, falls silent or runs out of time; then close."""
-        # If a socket is closed while input is unread, TCP sends a reset, which can cost the client
-        # its BYE.
-        end = time.monotonic() + FAREWELL_SECONDS
-        try:
-            self.sock.shutdown(socket.SHUT_WR)
-            while self.sock.recv(RECEIVE_BUFFER) and time.monotonic() < end:
-                time.sleep(0.01)         # a client that goes on sending must not make this spin
-        except OSError:                  # our timeout: the client is silent; or a reset
-            pass
+        """Close the connection. Runs last."""
+        read_rest(self.sock)
         self.send_sock.close()
         self.sock.close()
         log.info("thread ends: %s", self.reason)
@@ -310,37 +282,38 @@ def accept_clients(listener):
     """Start a thread for each client that connects; return the clients when the server closes."""
     clients, number = [], 0              # those whose thread has not ended; connections so far
     while not closing:
-        time.sleep(ACCEPT_SECONDS)       # so whoever connects in a loop delays nobody inside
+        time.sleep(ACCEPT_SECONDS)       # whoever connects in a loop must not slow down the others
         clients = [client for client in clients if client.thread.is_alive()]
-        if len(clients) >= options.max_clients + AT_THE_DOOR:
-            continue                     # more than that wait in the queue of accept
+        if len(clients) >= options.max_clients + MAX_REFUSED:
+            continue                     # others wait in the queue of accept
         try:
             sock, address = listener.accept()
             client = Client(sock, f"client-{number + 1}")
         except OSError as error:
-            if error.errno:              # e.g. no file descriptors; otherwise just our timeout
+            timed_out = error.errno is None          # nobody has come
+            if not timed_out:            # e.g. no file descriptors
                 log.warning("cannot accept: %s", error.strerror)
-                sock = None              # if it was dup that failed: nobody holds it any more
                 time.sleep(POLL_SECONDS)             # it would fail again at once
             continue
         number += 1
         staying = [other for other in clients if not other.reason]
-        if len(staying) >= options.max_clients:      # its thread says so in BYE, and closes
+        if len(staying) >= options.max_clients:
             client.disconnect(f"the server is full (at most {options.max_clients} clients)")
-        host, port = address[:2] if address else ("?", "?")      # on macOS it can be None
-        log.info("connection from %s:%s: thread %s starts", host, port, client.thread.name)
-        try:
-            client.thread.start()        # in C: pthread_create
-            clients.append(client)
-        except RuntimeError as error:    # no more threads: so main itself says BYE, and closes
-            client.disconnect(str(error))
-            client.serve()
+        log.info("connection from %s: thread %s starts", address, client.thread.name)
+        start_thread(client)
+        clients.append(client)
     return clients
 
 
 # ---- What guards it, and the start ---------------------------------------------------------------
+FAREWELL_SECONDS = 1         # how long a client may go on sending after its BYE
+MOVE_SECONDS = 1             # a client in a room can rename itself or move once in this time
+MAX_NAME = 20                # characters in the name of a person or a room
+RECEIVE_BUFFER = 64 * 1024   # bytes from a client that may wait in the kernel to be received
+SEND_BUFFER = 256 * 1024     # bytes that may wait there for a client that reads slowly
+BACKLOG = 1024               # connections that may wait for accept
 # What must never reach a terminal: control characters (C0, DEL, C1), separators of lines and
-# paragraphs, and controls that change the direction of text.
+# paragraphs, and what embeds, overrides or isolates text of another direction.
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # Letters and marks without ink: with one of them in it, a name could look like another.
 INVISIBLE = re.compile(r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0"
@@ -349,6 +322,74 @@ INVISIBLE = re.compile(r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe0
 # nothing comes back or data is not accepted, on Linux after 30 s. (macOS says TCP_KEEPALIVE.)
 SOCKOPTS = {"SO_SNDBUF": SEND_BUFFER, "TCP_NODELAY": 1, "SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 20,
             "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
+
+
+def two_sockets(sock):
+    """Set SOCKOPTS. Return a socket object to receive with, and one to send with."""
+    # In C it would be MSG_DONTWAIT, which Windows lacks.
+    for name, value in SOCKOPTS.items():
+        level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
+        try:
+            sock.setsockopt(level, getattr(socket, name), value)     # man 7 tcp, man 7 socket
+        except (AttributeError, OSError):            # unknown to this system, or refused
+            pass
+    sock.settimeout(POLL_SECONDS)
+    try:
+        send_sock = sock.dup()
+    except OSError:                      # e.g. no file descriptors
+        sock.close()
+        raise
+    send_sock.setblocking(False)
+    return sock, send_sock
+
+
+def start_thread(client):
+    """Start the client's thread. If there are no more threads say BYE, and close the connection."""
+    try:
+        client.thread.start()            # in C: pthread_create
+    except RuntimeError as error:
+        client.disconnect(str(error))
+        client.serve()                   # there is nothing left to do but BYE, and to close
+
+
+def read_rest(sock):
+    """Say that no more follows, and read until the client hangs up, falls silent, or time is up."""
+    # If a socket is closed while input is unread, TCP sends a reset, and BYE may be lost.
+    end = time.monotonic() + FAREWELL_SECONDS
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(RECEIVE_BUFFER) and time.monotonic() < end:
+            time.sleep(0.01)             # a client that goes on sending must not make this spin
+    except OSError:                      # our timeout: it is silent; or a reset
+        pass
+
+
+class Pace:
+    """How fast one client may send and move, at --rate. Used by the client's own thread only."""
+    def __init__(self):
+        # How many bytes one recv takes: few, so that no sleep is long. At 8192 bytes a second these
+        # are 81: usually 10 ms of sleep, and half a second at worst, for 40 tiny requests.
+        self.recv_size = min(4096, options.rate // 100) if options.rate else 4096
+        self.slept = 0                   # seconds, all in all, since the client last paused
+        self.woke_up = 0                 # when the last sleep ended
+        self.moved = 0                   # when the client last renamed itself or moved
+
+    def may_move(self):
+        """Return whether the last move is long enough ago; at --rate 0 it always is."""
+        return options.rate == 0 or time.monotonic() > self.moved + MOVE_SECONDS
+
+    def sleep(self, size, requests):
+        """Sleep as long as `size` bytes with so many requests may take at --rate."""
+        if closing or not options.rate:
+            return
+        # It has paused if it has sent nothing for a moment, or less than recv could have taken. (A
+        # short cut: to wait 0.1 s for the lock looks like a pause, too. That should not happen.)
+        if time.monotonic() - self.woke_up > 0.1 or size < self.recv_size:
+            self.slept = 0
+        seconds = max(size, 100 * requests) / options.rate       # a request counts as 100 at least
+        time.sleep(seconds)
+        self.slept += seconds
+        self.woke_up = time.monotonic()
 
 
 def parse(line):
@@ -360,22 +401,20 @@ def parse(line):
     return verb.upper(), text
 
 
+def free_guest_name(taken):
+    """Return guest1, guest2 or so: the first that is not in `taken` (a set of str)."""
+    number = 1
+    while f"guest{number}" in taken:
+        number += 1
+    return f"guest{number}"
+
+
 def is_name(word):
     """Return whether `word` has 1 to MAX_NAME letters, marks (not first), digits, _ or -."""
     categories = [unicodedata.category(character) for character in word if character not in "_-"]
     known = all(kind[0] in "LM" or kind == "Nd" for kind in categories)      # Nd: decimal digit
     begins_with_mark = unicodedata.category(word[0])[0] == "M"
     return known and not begins_with_mark and len(word) <= MAX_NAME and not INVISIBLE.search(word)
-
-
-def set_options(sock):
-    """Set SOCKOPTS as far as this system knows them (man 7 tcp, man 7 socket)."""
-    for name, value in SOCKOPTS.items():
-        level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
-        try:
-            sock.setsockopt(level, getattr(socket, name), value)
-        except (AttributeError, OSError):            # unknown here, or refused
-            pass
 
 
 def listen(host, port):
@@ -426,13 +465,12 @@ def parse_arguments():
             (options.rate == 0 or options.rate >= 100, "--rate: 100 or more; 0: no limit")):
         if not is_right:
             parser.error(message)
-    # How many bytes one recv takes: few if there is a rate, so that no rest is long.
-    options.piece = min(4096, options.rate // 100) if options.rate else 4096
 
 
 def start_log():
     """Start the thread that writes the log; return its QueueListener."""
-    # If the terminal stalls only this thread waits: logging just puts lines into the queue.
+    # If the terminal stalls only this thread waits: logging just puts lines into the queue, which
+    # has no bound.
     lines = queue.SimpleQueue()
     logging.basicConfig(level=logging.DEBUG if options.trace else logging.INFO,
                         format="%(asctime)s %(threadName)-9s %(message)s", datefmt="%H:%M:%S",
@@ -443,7 +481,7 @@ def start_log():
 
 
 def main():
-    """Run the server. Exit status: 0 after closing, 1 if it cannot listen."""
+    """Run the server. Exit status: 0: closed; 1: cannot listen, or a second Ctrl-C; 2: usage."""
     threading.current_thread().name = "main"
     parse_arguments()
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):     # Ctrl-C, kill, a closed terminal
@@ -461,7 +499,7 @@ def main():
     listener.close()
     log.info("closing: BYE to all clients")
     # At most half a second until a thread sees `closing` (1 s at --rate 100), 1 s for the farewell,
-    # half a second for its last recv and for the log: 2.5 s (3 s), for fifty threads as for one.
+    # half a second for its last recv, half a second for the log: 2.5 s (3 s), for fifty as for one.
     while any(client.thread.is_alive() for client in clients):
         time.sleep(0.05)
     log.info("closed")

@@ -603,6 +603,12 @@ def test_rules_6_and_7_lines(fast, size):
         relayed = [f"MSG alice {re.escape(heard)}"] if heard else []
         bob.hears("JOINED alice", *relayed, "LEFT alice")
 
+def test_rule_6_a_long_line_in_pieces(start):
+    """At the default pace its end is received alone: the beginning must not pass for all of it."""
+    alice = start(Server).join("alice")
+    alice.sends(f"MSG {FULL}\r{'y' * 28}\n".encode())
+    alice.hears("ERROR .*1024.*")
+
 def test_rule_6_without_end(fast):
     """A line of 8 MiB takes no memory and gets one ERROR; the others go on."""
     bob, alice = fast.join_all("bob", "alice")
@@ -614,6 +620,7 @@ def test_rule_6_without_end(fast):
     bob.hears("MSG alice ok")
     heard = sorted(alice.line() for _ in range(9))
     assert heard[0].startswith("ERROR ") and heard[1:] == [f"MSG bob {n}" for n in range(8)]
+    alice.sends(b"x" * (8 << 20))                    # the end of this one never comes
     assert fast.used("VmRSS", before) < 512
 
 def test_rule_9_max_clients(start):
@@ -939,12 +946,13 @@ def test_rule_14_an_error_in_the_server(start, edit, request):
     server.join("bob").asks("WHO", "WHO alice bob")
     server.logs("thread ends: an error in the server")
 
-@mostly_waits(("BYE", "LEAVE"), ("LEFT", "JOIN bob den"))
-def test_rule_14_nobody_is_left_behind(start, verb, request):
+@mostly_waits(("BYE", "LEAVE", []), ("LEFT", "LEAVE", ["BYE you said LEAVE"]),
+              ("LEFT", "JOIN bob den", ["BYE an error in the server"]))
+def test_rule_14_nobody_is_left_behind(start, verb, request, answer):
     """If an edit breaks `send`, a line is lost, but no name stays taken and no room empty."""
     server = start(Server, edits=[breaks_send(verb)])
     alice, bob = server.join_all("alice", "bob")
-    bob.asks(request)
+    bob.asks(request, *answer, None)
     server.logs("client-2 +thread ends")
     server.connect().asks("JOIN bob\nROOMS\nWHO", "WELCOME .*", "ROOMS lobby=2", "WHO alice bob")
 

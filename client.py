@@ -5,9 +5,10 @@
     echo "hello from a script" | python client.py 127.0.0.1 12345 --name robot
 
 The main thread waits for a line to be typed, and sends it. The reader thread waits for lines from
-the server, and shows them. At a terminal you type in the bottom rows, and the conversation scrolls
-above them. When the connection ends, the main thread still waits in input(). No thread can wake it,
-at least not on every system; so the reader thread ends the whole process.
+the server, and shows them. (The lines are explained in server.py: JOIN is answered with WELCOME or
+ERROR, LEAVE with BYE.) At a terminal you type in the bottom rows, and the conversation scrolls
+above them. When the connection ends the main thread still waits in input(), and there is no way to
+end that on every system: so the reader thread ends the whole process.
 """
 import argparse
 import contextlib
@@ -33,27 +34,26 @@ HELP = """\
 //text      say "/text"; anything else is sent as a message"""
 MAX_REQUEST = 1024           # bytes in a line to the server, its ending not counted
 MAX_LINE = 64 * 1024         # bytes in a line from the server; a longer one is not shown
-POLL_SECONDS = 0.5           # how long main waits for the other thread before it tries again
+POLL_SECONDS = 0.5           # how long main waits at a time: on Windows Ctrl-C has to wait for that
 
 
 class Chat:
-    """The conversation. The main thread runs `run`, the reader thread `read`."""
+    """The conversation. Main runs `run`, the reader thread `read`. `screen.exit` never returns."""
     def __init__(self, sock, screen):
         self.sock = sock                     # main sends on it, the reader thread receives
         self.screen = screen
-        # These need no lock. The reader thread sets `name` and `refusal`, and then `answered`: for it
-        # main waits. Main sets `has_left`, and then sends LEAVE, whose answer the reader receives.
-        self.name = ""                       # our name, as the last WELCOME said
-        self.refusal = None                  # why the last JOIN was refused; None if it was not
-        self.answered = threading.Event()    # whether JOIN is answered; in C: a flag, a condition
-        self.has_left = False                # whether we leave, and BYE is only the answer
+        # No lock is needed: each of these is set by one thread, before the other one relies on it.
+        self.name = ""                       # set by the reader thread: our name, as WELCOME says
+        self.refusal = None                  # set by the reader thread: why JOIN was refused, if so
+        self.answered = threading.Event()    # set by it after these two, cleared and read by `join`
+        self.has_left = False                # set by main before it sends LEAVE
 
     def run(self, name, room):
         """Start the reader thread, hold the conversation, and end the process."""
         threading.Thread(target=self.read, name="reader", daemon=True).start()
         try:
             self.converse(name, room)
-        except KeyboardInterrupt:            # Ctrl-C; the server will see the end of the connection
+        except KeyboardInterrupt:            # Ctrl-C: in a room it is one way to leave
             if self.name and self.screen.interactive:
                 self.screen.exit(0, "you have left")
             else:
@@ -94,7 +94,7 @@ class Chat:
             elif command in ("/who", "/rooms"):
                 self.send(command[1:].upper())
             elif command == "/name" and len(words) == 2:
-                self.join(words[1])          # waits: under which name do we go on?
+                self.join(words[1])          # which waits until our new name is known
             elif command == "/join" and len(words) == 2:
                 self.join(self.name, words[1])
             elif command == "/quit":
@@ -111,22 +111,18 @@ class Chat:
             self.screen.show_own_message(self.name, piece)   # the server does not send it to us
 
     def join(self, name, room=""):
-        """Send JOIN and wait for the answer, maybe a new name; return whether it was WELCOME."""
-        name = "_".join(name.split())        # one word: a second one would be taken for a room
-        room = "_".join(room.split())
-        if room and not name:                # JOIN takes no room without a name
-            name = f"guest{random.randrange(10 ** 6)}"
-        self.answered.clear()                # what has come before is not the answer
-        self.send(f"JOIN {name} {room}".strip())
+        """Send JOIN and wait for the answer; return whether it was WELCOME."""
+        self.answered.clear()                # (a short cut: an ERROR on its way passes for it)
+        self.send(join_request(name, room))
         while not self.answered.wait(POLL_SECONDS):
-            pass                             # in short steps: so Ctrl-C ends it on Windows, too
+            pass                             # wait on
         return self.refusal is None
 
     def send(self, request):
         """Send one request (str)."""
         try:
             self.sock.sendall(request.encode("utf-8", "replace") + b"\n")
-        except OSError:                      # the reader thread, too, finds that it has ended
+        except OSError:                      # disconnected: the reader thread sees that, and exits
             self.wait_for_the_end()
 
     def wait_for_the_end(self):
@@ -140,7 +136,7 @@ class Chat:
             for line in lines_from(self.sock):
                 self.hear(line)
             self.screen.exit(1, "the connection has ended without BYE")
-        except OSError as error:             # of the screen
+        except OSError as error:             # of the screen; one of the socket just ends the loop
             self.screen.exit(1, f"cannot write: {error.strerror}")
         except Exception:                    # a mistake in this program
             self.screen.exit(1, traceback.format_exc())
@@ -178,7 +174,7 @@ class Chat:
         self.answered.set()
 
     def bye(self, reason):
-        """End. It is a failure, status 1, for a script, and for a person who has not joined."""
+        """End, with status 0 if we have left or, at a terminal, were in a room; else with 1."""
         if self.has_left:
             self.screen.exit(0, "you have left")
         elif self.name and self.screen.interactive:
@@ -309,8 +305,8 @@ class Screen:
     def exit(self, status, reason):
         """Say why, give the terminal back, and end the process, whatever its threads are doing."""
         # input() changes the modes of the terminal. If that came last, the shell would not echo. So
-        # we let no prompt begin any more, say why, give an input() that was just beginning 0.05 s to
-        # change the modes, and put them back.
+        # we let no prompt begin any more, say why, give an input() that was just beginning 0.05 s
+        # to change the modes, and put them back.
         try:
             threading.Timer(1, self.restore_and_exit, [status]).start()      # if output is stuck
             self.prompt_lock.acquire()
@@ -366,6 +362,15 @@ def lines_from(sock):
             yield text if len(line) <= MAX_LINE else "(a line that is too long)"
 
 
+def join_request(name, room):
+    """Return a JOIN request (str). Name and room (str) may be empty, or more than one word."""
+    name = "_".join(name.split())
+    room = "_".join(room.split())
+    if room and not name:                            # JOIN takes no room without a name
+        name = f"guest{random.randrange(10 ** 6)}"
+    return f"JOIN {name} {room}".strip()
+
+
 def pieces(text):
     """Cut `text` (str) so that each piece fits into a request; return a list of str."""
     result = []
@@ -394,11 +399,11 @@ def connect(host, port):
 
 
 def main():
-    """Run the client. Exit status: 0 after leaving; 1: failure; 2: usage; 130: Ctrl-C."""
+    """Run the client. Exit status: 0 after leaving; 1: failure; 2: usage; 130: Ctrl-C before."""
     parser = argparse.ArgumentParser(description="A chatroom client. Type /help for its commands.")
     parser.add_argument("host", help="address of the server, 127.0.0.1 for this machine")
     parser.add_argument("port", type=int, help="the server's port")
-    parser.add_argument("--name", default="", help="your name; asked for if not given")
+    parser.add_argument("--name", default="", help="your name; a person is asked for it")
     parser.add_argument("--room", default="", help="the room; the server's oldest if not given")
     args = parser.parse_args()
     if not 1 <= args.port <= 65535:

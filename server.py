@@ -18,8 +18,7 @@ Client and server send each other lines of text. The first word of a line is its
 
 The main thread accepts connections and starts a thread for each. That thread receives the client's
 requests and carries them out. One more thread writes the log. A thread that waits on a socket gives
-up after half a second, checks whether to stop, and waits again. (On Windows no other thread could
-wake it, not even with shutdown.)
+up after half a second, checks whether to stop, and waits again.
 """
 import argparse
 import logging
@@ -37,8 +36,7 @@ import unicodedata
 POLL_SECONDS = 0.5           # how long a thread waits on a socket before it checks whether to stop
 JOIN_SECONDS = 300           # a client that takes longer to join is disconnected
 FLOOD_SECONDS = 60           # a client that sends too fast for this long is disconnected
-ACCEPT_SECONDS = 0.007       # pause before each accept: so at most 142 can connect in a second
-MAX_REFUSED = 10             # connections above --max-clients: they are refused, or just leaving
+ACCEPT_SECONDS = 0.007       # pause before each accept: a guard against floods of connections
 MAX_REQUEST = 1024           # bytes in a request, its line ending not counted
 log = logging.getLogger("chat")
 options = argparse.Namespace()           # --rate and so on; filled before the first thread starts
@@ -46,12 +44,12 @@ options = argparse.Namespace()           # --rate and so on; filled before the f
 # ---- What the threads share, and why that is safe ------------------------------------------------
 rooms = []                               # oldest first; empty rooms are removed
 rooms_lock = threading.Lock()            # in C: a pthread_mutex_t
-closing = False                          # becomes True at Ctrl-C, and stays True (rule 4)
+closing = False                          # becomes True at Ctrl-C, and stays True
 
 # 1. A thread holds the lock while it uses `rooms`, a room or its members, and while it sends. So no
 #    name is given twice, no room is created twice, and a room's lines reach all in one order.
 # 2. A thread that holds the lock never waits for a client: `send` gives up at once. So nobody waits
-#    long for the lock. (Rules 3 and 4 stand where a client's variables are.)
+#    long for the lock. (Rules 3 and 4: see Client.)
 
 
 class Room:
@@ -80,9 +78,7 @@ class Room:
 class Client:
     """A connection, its name and room. Other threads call only `send` and `disconnect`."""
     def __init__(self, sock, thread_name):
-        # Two objects for one connection, which is O_NONBLOCK. recv on the first waits for half a
-        # second at most (Python polls before it receives); send on the second never waits.
-        self.sock, self.send_sock = two_sockets(sock)
+        self.sock, self.send_sock = two_sockets(sock)    # recv waits half a second, send never
         self.thread = threading.Thread(target=self.serve, name=thread_name)
         self.pace = Pace()               # slows down a client that sends too fast
         self.unfinished = b""            # the beginning of a request whose end has not come yet
@@ -96,9 +92,9 @@ class Client:
         self.reason = None               # why it has to go; None as long as it stays
 
     def serve(self):
-        """Serve the client from beginning to end, in its own thread."""
-        # The one way out, whatever the reason. A mistake in this program ends only the step that it
-        # is in, for this client: the next step is taken all the same.
+        """Serve the client from beginning to end. The thread that does this is its own thread."""
+        # The one way out, whatever the reason. A mistake in this program ends only the client whose
+        # thread meets it; and whatever step it is in, the next one is taken all the same.
         for step in (self.converse, self.leave, self.close):
             try:
                 step()
@@ -124,19 +120,17 @@ class Client:
         try:
             data = self.sock.recv(self.pace.recv_size)   # few bytes, so that the sleep is short
         except OSError as error:
-            timed_out = error.errno is None          # Python's timeout has no errno, TCP's has one
-            if not timed_out:
+            if not is_our_timeout(error):            # otherwise just nothing has come
                 self.disconnect(f"connection lost: {error.strerror}")
             return
         log.debug("recv %r", data)
-        if data == b"":                  # the client has closed its side: nothing more will come
+        if data == b"":                  # the client has closed its side: no more will come
             self.disconnect("end of file")
             return
         # TCP delivers a stream of bytes, without message boundaries: so cut it at the newlines. The
-        # last line has no end yet. Of one that is too long keep enough to see that: MAX_REQUEST, a
-        # \r that does not count, and one more.
+        # last line has no end yet: keep it, or so much of it that one sees that it is too long.
         lines = (self.unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
-        self.unfinished = lines.pop()[:MAX_REQUEST + 2]
+        self.unfinished = shortened(lines.pop())
         requests = [parse(line) for line in lines if line.strip()]
         if requests:
             self.carry_out(requests)
@@ -145,7 +139,7 @@ class Client:
         self.pace.sleep(len(data), len(requests))
 
     def carry_out(self, requests):
-        """Carry out requests (verb, text) in their order, none after LEAVE or once closing."""
+        """Carry out requests (verb, text) in their order, none once there is a reason to go."""
         log.debug("waits for the lock")
         with rooms_lock:                 # one critical section, until the last answer is sent
             log.debug("has the lock")    # logging does not wait, either: see start_log
@@ -284,20 +278,18 @@ def accept_clients(listener):
     while not closing:
         time.sleep(ACCEPT_SECONDS)       # whoever connects in a loop must not slow down the others
         clients = [client for client in clients if client.thread.is_alive()]
-        if len(clients) >= options.max_clients + MAX_REFUSED:
-            continue                     # others wait in the queue of accept
+        if is_crowded(clients):
+            continue                     # whoever connects waits in the queue of accept
         try:
             sock, address = listener.accept()
             client = Client(sock, f"client-{number + 1}")
         except OSError as error:
-            timed_out = error.errno is None          # nobody has come
-            if not timed_out:            # e.g. no file descriptors
+            if not is_our_timeout(error):            # e.g. no file descriptors
                 log.warning("cannot accept: %s", error.strerror)
                 time.sleep(POLL_SECONDS)             # it would fail again at once
             continue
         number += 1
-        staying = [other for other in clients if not other.reason]
-        if len(staying) >= options.max_clients:
+        if is_full(clients):
             client.disconnect(f"the server is full (at most {options.max_clients} clients)")
         log.info("connection from %s: thread %s starts", address, client.thread.name)
         start_thread(client)
@@ -306,8 +298,9 @@ def accept_clients(listener):
 
 
 # ---- What guards it, and the start ---------------------------------------------------------------
-FAREWELL_SECONDS = 1         # how long a client may go on sending after its BYE
+FAREWELL_SECONDS = 1         # how long a client may go on sending after its BYE, or a little more
 MOVE_SECONDS = 1             # a client in a room can rename itself or move once in this time
+MAX_REFUSED = 10             # connections at a time that are told that the server is full
 MAX_NAME = 20                # characters in the name of a person or a room
 RECEIVE_BUFFER = 64 * 1024   # bytes from a client that may wait in the kernel to be received
 SEND_BUFFER = 256 * 1024     # bytes that may wait there for a client that reads slowly
@@ -326,7 +319,8 @@ SOCKOPTS = {"SO_SNDBUF": SEND_BUFFER, "TCP_NODELAY": 1, "SO_KEEPALIVE": 1, "TCP_
 
 def two_sockets(sock):
     """Set SOCKOPTS. Return a socket object to receive with, and one to send with."""
-    # In C it would be MSG_DONTWAIT, which Windows lacks.
+    # For the kernel both are one connection, and O_NONBLOCK. It is Python that waits if the object
+    # has a timeout: it polls first. (In C: MSG_DONTWAIT to send; Windows lacks that.)
     for name, value in SOCKOPTS.items():
         level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
         try:
@@ -341,6 +335,27 @@ def two_sockets(sock):
         raise
     send_sock.setblocking(False)
     return sock, send_sock
+
+
+def is_our_timeout(error):
+    """Return whether an OSError only says that we have waited for POLL_SECONDS."""
+    return error.errno is None           # that of TCP (ETIMEDOUT, the same class) has a number
+
+
+def shortened(line):
+    """Return a line (bytes) that is too long without most of it."""
+    return line[:MAX_REQUEST + 2]        # one byte for a \r, which does not count, and one too many
+
+
+def is_crowded(clients):
+    """Return whether so many threads run that no more can start; leaving ones count, too."""
+    return len(clients) >= options.max_clients + MAX_REFUSED
+
+
+def is_full(clients):
+    """Return whether nobody else can stay; those who are leaving do not count."""
+    staying = [client for client in clients if not client.reason]
+    return len(staying) >= options.max_clients
 
 
 def start_thread(client):
@@ -368,7 +383,7 @@ class Pace:
     """How fast one client may send and move, at --rate. Used by the client's own thread only."""
     def __init__(self):
         # How many bytes one recv takes: few, so that no sleep is long. At 8192 bytes a second these
-        # are 81: usually 10 ms of sleep, and half a second at worst, for 40 tiny requests.
+        # are 81: usually 10 ms of sleep, and half a second at worst, for some 40 tiny requests.
         self.recv_size = min(4096, options.rate // 100) if options.rate else 4096
         self.slept = 0                   # seconds, all in all, since the client last paused
         self.woke_up = 0                 # when the last sleep ended
@@ -386,7 +401,7 @@ class Pace:
         # short cut: to wait 0.1 s for the lock looks like a pause, too. That should not happen.)
         if time.monotonic() - self.woke_up > 0.1 or size < self.recv_size:
             self.slept = 0
-        seconds = max(size, 100 * requests) / options.rate       # a request counts as 100 at least
+        seconds = max(size, 100 * requests) / options.rate       # a request: 100 at least, or so
         time.sleep(seconds)
         self.slept += seconds
         self.woke_up = time.monotonic()

@@ -5,10 +5,10 @@
     echo "hello from a script" | python client.py 127.0.0.1 12345 --name robot
 
 The main thread waits for a line to be typed, and sends it. The reader thread waits for lines from
-the server, and shows them. (The lines are explained in server.py: JOIN is answered with WELCOME or
-ERROR, LEAVE with BYE.) At a terminal you type in the bottom rows, and the conversation scrolls
-above them. When the connection ends the main thread still waits in input(), and there is no way to
-end that on every system: so the reader thread ends the whole process.
+the server, and shows them. (JOIN is answered with WELCOME or ERROR, LEAVE with BYE; for the other
+lines see server.py.) At a terminal you type in the bottom rows, and the conversation scrolls above
+them. When the connection ends, the main thread may still wait for a line to be typed. So the reader
+thread ends the whole process.
 """
 import argparse
 import contextlib
@@ -33,8 +33,8 @@ HELP = """\
 /quit       leave; so do Ctrl-C and Ctrl-D (Windows: Ctrl-Z, Enter)
 //text      say "/text"; anything else is sent as a message"""
 MAX_REQUEST = 1024           # bytes in a line to the server, its ending not counted
-MAX_LINE = 64 * 1024         # bytes in a line from the server; a longer one is not shown
-POLL_SECONDS = 0.5           # how long main waits at a time: on Windows Ctrl-C has to wait for that
+MAX_LINE = 64 * 1024         # bytes in a line from the server; a longer one is left out
+POLL_SECONDS = 0.5           # main waits in steps of this, so that Ctrl-C works on Windows, too
 
 
 class Chat:
@@ -42,18 +42,19 @@ class Chat:
     def __init__(self, sock, screen):
         self.sock = sock                     # main sends on it, the reader thread receives
         self.screen = screen
-        # No lock is needed: each of these is set by one thread, before the other one relies on it.
-        self.name = ""                       # set by the reader thread: our name, as WELCOME says
-        self.refusal = None                  # set by the reader thread: why JOIN was refused, if so
-        self.answered = threading.Event()    # set by it after these two, cleared and read by `join`
-        self.has_left = False                # set by main before it sends LEAVE
+        # No lock is needed. The reader thread sets `name` and `error`, then `answered`, for which
+        # `join` waits. Main sets `has_left`, then sends LEAVE: so it is set when BYE comes.
+        self.name = ""                       # our name, as the last WELCOME said
+        self.error = None                    # the text of the last ERROR; None after WELCOME
+        self.answered = threading.Event()    # a flag that a thread can wait for
+        self.has_left = False                # whether all has been said
 
     def run(self, name, room):
         """Start the reader thread, hold the conversation, and end the process."""
         threading.Thread(target=self.read, name="reader", daemon=True).start()
         try:
             self.converse(name, room)
-        except KeyboardInterrupt:            # Ctrl-C: in a room it is one way to leave
+        except KeyboardInterrupt:            # Ctrl-C; the server sees that the connection ends
             if self.name and self.screen.interactive:
                 self.screen.exit(0, "you have left")
             else:
@@ -73,13 +74,15 @@ class Chat:
         self.wait_for_the_end()
 
     def enter(self, name, room):
-        """Join. If that is refused a person is asked for another name; a script ends."""
+        """Join. If that is refused a person is asked again, and a script ends."""
         if not name and self.screen.interactive:
             name = self.screen.ask("Your name: ")
         while not self.join(name, room):
             if not self.screen.interactive:
-                self.screen.exit(1, f"{self.refusal}; start again with another --name or --room")
+                self.screen.exit(1, f"{self.error}; start again with another --name or --room")
             name = self.screen.ask("Your name: ")
+            if room:
+                room = self.screen.ask("The room: ")
 
     def talk(self):
         """Send each line that is typed as a message, or carry it out if it is a command."""
@@ -94,7 +97,7 @@ class Chat:
             elif command in ("/who", "/rooms"):
                 self.send(command[1:].upper())
             elif command == "/name" and len(words) == 2:
-                self.join(words[1])          # which waits until our new name is known
+                self.join(words[1])
             elif command == "/join" and len(words) == 2:
                 self.join(self.name, words[1])
             elif command == "/quit":
@@ -112,11 +115,11 @@ class Chat:
 
     def join(self, name, room=""):
         """Send JOIN and wait for the answer; return whether it was WELCOME."""
-        self.answered.clear()                # (a short cut: an ERROR on its way passes for it)
+        self.answered.clear()                # an ERROR that has come before is not the answer
         self.send(join_request(name, room))
         while not self.answered.wait(POLL_SECONDS):
             pass                             # wait on
-        return self.refusal is None
+        return self.error is None
 
     def send(self, request):
         """Send one request (str)."""
@@ -152,7 +155,7 @@ class Chat:
         elif verb == "ERROR":                # ERROR text
             if self.name or self.screen.interactive:         # otherwise `enter` shows it
                 self.screen.show_notice(f"! {rest}")
-            self.refusal = rest
+            self.error = rest
             self.answered.set()
         elif verb in ("JOINED", "LEFT"):     # JOINED name
             self.screen.show_notice(f"* {rest} {verb.lower()}")
@@ -170,7 +173,7 @@ class Chat:
         room, _, name_and_greeting = text.partition(" ")
         self.name, _, greeting = name_and_greeting.partition(" ")
         self.screen.show_notice(f"* {greeting} You are {self.name} in {room}.")
-        self.refusal = None
+        self.error = None
         self.answered.set()
 
     def bye(self, reason):
@@ -399,7 +402,7 @@ def connect(host, port):
 
 
 def main():
-    """Run the client. Exit status: 0 after leaving; 1: failure; 2: usage; 130: Ctrl-C before."""
+    """Run the client. Exit status: 0 after leaving; 1: failure; 2: usage; 130: interrupted."""
     parser = argparse.ArgumentParser(description="A chatroom client. Type /help for its commands.")
     parser.add_argument("host", help="address of the server, 127.0.0.1 for this machine")
     parser.add_argument("port", type=int, help="the server's port")

@@ -36,7 +36,7 @@ import unicodedata
 POLL_SECONDS = 0.5           # how long a thread waits on a socket before it checks whether to stop
 JOIN_SECONDS = 300           # a client that takes longer to join is disconnected
 FLOOD_SECONDS = 60           # a client that sends too fast for this long is disconnected
-ACCEPT_SECONDS = 0.007       # pause before each accept: a guard against floods of connections
+ACCEPT_SECONDS = 0.007       # pause before each accept: at most some 140 connections a second
 MAX_REQUEST = 1024           # bytes in a request, its line ending not counted
 log = logging.getLogger("chat")
 options = argparse.Namespace()           # --rate and so on; filled before the first thread starts
@@ -153,7 +153,7 @@ class Client:
                 elif verb == "LEAVE":
                     self.disconnect("you said LEAVE")
                 else:
-                    if unsent:           # JOIN may change the room: first send to the old one
+                    if unsent:           # first, since JOIN may take us to another room
                         self.broadcast(self.room, unsent)
                         unsent = ""
                     answer = self.answer(verb, text)
@@ -319,8 +319,8 @@ SOCKOPTS = {"SO_SNDBUF": SEND_BUFFER, "TCP_NODELAY": 1, "SO_KEEPALIVE": 1, "TCP_
 
 def two_sockets(sock):
     """Set SOCKOPTS. Return a socket object to receive with, and one to send with."""
-    # For the kernel both are one connection, and O_NONBLOCK. It is Python that waits if the object
-    # has a timeout: it polls first. (In C: MSG_DONTWAIT to send; Windows lacks that.)
+    # Both are one connection, and non-blocking for the kernel. It is Python that waits: for an object
+    # with a timeout it polls before recv. (In C: MSG_DONTWAIT to send; Windows lacks that.)
     for name, value in SOCKOPTS.items():
         level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
         try:
@@ -343,12 +343,12 @@ def is_our_timeout(error):
 
 
 def shortened(line):
-    """Return a line (bytes) that is too long without most of it."""
+    """Return a line (bytes), if it is too long without most of it: it will be refused."""
     return line[:MAX_REQUEST + 2]        # one byte for a \r, which does not count, and one too many
 
 
 def is_crowded(clients):
-    """Return whether so many threads run that no more can start; leaving ones count, too."""
+    """Return whether so many threads run that no more may start; leaving ones count, too."""
     return len(clients) >= options.max_clients + MAX_REFUSED
 
 
@@ -385,7 +385,7 @@ class Pace:
         # How many bytes one recv takes: few, so that no sleep is long. At 8192 bytes a second these
         # are 81: usually 10 ms of sleep, and half a second at worst, for some 40 tiny requests.
         self.recv_size = min(4096, options.rate // 100) if options.rate else 4096
-        self.slept = 0                   # seconds, all in all, since the client last paused
+        self.slept = 0                   # for how many seconds, since the client last paused
         self.woke_up = 0                 # when the last sleep ended
         self.moved = 0                   # when the client last renamed itself or moved
 
@@ -397,9 +397,10 @@ class Pace:
         """Sleep as long as `size` bytes with so many requests may take at --rate."""
         if closing or not options.rate:
             return
-        # It has paused if it has sent nothing for a moment, or less than recv could have taken. (A
-        # short cut: to wait 0.1 s for the lock looks like a pause, too. That should not happen.)
-        if time.monotonic() - self.woke_up > 0.1 or size < self.recv_size:
+        # If recv came back full and at once, more was waiting already; otherwise it has paused. (A
+        # short cut: if we wait 0.1 s for the lock, that looks like a pause, too.)
+        came_at_once = time.monotonic() - self.woke_up < 0.1
+        if size < self.recv_size or not came_at_once:
             self.slept = 0
         seconds = max(size, 100 * requests) / options.rate       # a request: 100 at least, or so
         time.sleep(seconds)

@@ -1376,6 +1376,14 @@ def test_client_at_a_terminal(start, server):
     bob.hears("MSG ann hello", "MSG ann /who", "MSG ann hello")
     ann.types("/who\r", "ann: hello", "* in this room: bob, ann", ">", cursor=2)
 
+def test_client_is_asked_again(start, server):
+    """If it may be the room that is refused, a person can give another one."""
+    words = ["127.0.0.1", server.port, "--name", "ann", "--room", "no!"]
+    ann = start(Terminal, "client.py", *words, columns=70)
+    ann.sees("Your name:")
+    ann.types("ann\r", "The room:")
+    ann.types("den\r", "* Welcome to Chatroom, ann! You are ann in den.", ">")
+
 @mostly_waits(*[(keys,) for keys in (
     "half a line", "the middle of it\033[D\033[D\033[D", "x" * 200, "x" * 100 + "\033[D" * 50,
     "x" * 100 + "\x01", "日本語" * 5, "日本語" * 5 + "\033[D\033[D", "😀" * 10, "é" * 30,

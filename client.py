@@ -33,7 +33,7 @@ HELP = """\
 /quit       leave; so do Ctrl-C and Ctrl-D (Windows: Ctrl-Z, Enter)
 //text      say "/text"; anything else is sent as a message"""
 MAX_REQUEST = 1024           # bytes in a line to the server, its ending not counted
-MAX_LINE = 64 * 1024         # bytes in a line from the server; a longer one is left out
+MAX_LINE = 64 * 1024         # bytes in a line from the server; a notice replaces a longer one
 POLL_SECONDS = 0.5           # main waits in steps of this, so that Ctrl-C works on Windows, too
 
 
@@ -298,8 +298,8 @@ class Screen:
 
     def ask(self, prompt):
         """Return the next line typed (str). Raises EOFError, KeyboardInterrupt, OSError."""
-        # `exit` takes this lock for good: from then on no prompt begins. It is not held in input(),
-        # or `exit` would have to wait for somebody to type.
+        # `exit` takes this lock for good: from then on main gets no further than here. It is not
+        # held in input(), or `exit` would have to wait for somebody to type.
         with self.prompt_lock:
             self.write(self.bottom())
         line = input(prompt if self.interactive else "")
@@ -354,8 +354,8 @@ def lines_from(sock):
         try:
             data = sock.recv(MAX_LINE)
         except OSError:
-            data = b""
-        if not data:
+            return
+        if data == b"":
             return
         # Cut at newlines, as the server does; what follows the last one has no end yet.
         lines = (unfinished + data).replace(b"\r\n", b"\n").split(b"\n")
@@ -402,7 +402,7 @@ def connect(host, port):
 
 
 def main():
-    """Run the client. Exit status: 0 after leaving; 1: failure; 2: usage; 130: interrupted."""
+    """Run the client. Exit status: see `Chat.run` and `Chat.bye`; 1: cannot connect; 2: usage."""
     parser = argparse.ArgumentParser(description="A chatroom client. Type /help for its commands.")
     parser.add_argument("host", help="address of the server, 127.0.0.1 for this machine")
     parser.add_argument("port", type=int, help="the server's port")

@@ -76,7 +76,7 @@ class Room:
 
 
 class Client:
-    """A connection, its name and room. Other threads call only `send` and `disconnect`."""
+    """A connection, its name and room. Other clients' threads call only `send`."""
     def __init__(self, sock, thread_name):
         self.sock, self.send_sock = two_sockets(sock)    # recv waits half a second, send never
         self.thread = threading.Thread(target=self.serve, name=thread_name)
@@ -319,8 +319,8 @@ SOCKOPTS = {"SO_SNDBUF": SEND_BUFFER, "TCP_NODELAY": 1, "SO_KEEPALIVE": 1, "TCP_
 
 def two_sockets(sock):
     """Set SOCKOPTS. Return a socket object to receive with, and one to send with."""
-    # Both are one connection, and non-blocking for the kernel. It is Python that waits: for an object
-    # with a timeout it polls before recv. (In C: MSG_DONTWAIT to send; Windows lacks that.)
+    # Both are one connection, and non-blocking for the kernel. It is Python that waits: for an
+    # object with a timeout it polls before recv. (In C: MSG_DONTWAIT to send; Windows lacks that.)
     for name, value in SOCKOPTS.items():
         level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
         try:
@@ -471,7 +471,7 @@ def parse_arguments():
     parser.add_argument("--name", default="Chatroom", help="the server's name")
     parser.add_argument("--max-clients", type=int, default=100, help="connected at once (100)")
     parser.add_argument("--rate", type=int, default=8192, help="bytes/s a client (8192); 0: any")
-    parser.add_argument("--trace", action="store_true", help="log all bytes, and the lock")
+    parser.add_argument("--trace", action="store_true", help="log bytes, and the lock")
     parser.parse_args(namespace=options)
     for is_right, message in (
             (0 <= options.port <= 65535, "port: 0 to 65535"),

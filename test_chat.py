@@ -50,8 +50,9 @@ CTRL_U, CTRL_Y_ENTER = "\x15", "\x19\r"             # cut the line; paste it aga
 PATIENCE = 10        # seconds until something that should have happened counts as missing
 OTHER_SERVER = shlex.split(os.environ.get("CHAT_SERVER", ""))
 WINDOWS, GIL = os.name == "nt", getattr(sys, "_is_gil_enabled", lambda: True)()
-os.environ.pop("PYTHONUNBUFFERED", None)             # it would hide that a flush is missing
-os.environ["PYTHONIOENCODING"] = "utf-8"             # in pipes, where Windows has another one
+# What all processes get: a copy, since pytest changes os.environ while other threads start some.
+ENVIRONMENT = {**os.environ, "PYTHONIOENCODING": "utf-8"}        # in pipes Windows has another one
+ENVIRONMENT.pop("PYTHONUNBUFFERED", None)            # it would hide that a flush is missing
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's & makes children ignore it
 needs_unix = pytest.mark.skipif(not resource, reason="needs signals, preexec_fn or resource")
 if resource:                                         # macOS allows 256 files at first
@@ -105,7 +106,8 @@ def without_times(text):
 class Process:
     """A script, started as a person starts it; `out` and `err` are what it has printed so far."""
     def __init__(self, *command, program=sys.executable, **more):
-        more = {"stdin": DEVNULL, "stdout": PIPE, "stderr": PIPE, "cwd": HERE, **more}
+        more = {"stdin": DEVNULL, "stdout": PIPE, "stderr": PIPE, "cwd": HERE, "env": ENVIRONMENT,
+                **more}
         self.popen = Popen([program, *map(str, command)], **more)
         self.out_pieces, self.err_pieces, self.readers = [], [], []
         for pipe, pieces in ((self.popen.stdout, self.out_pieces),
@@ -232,7 +234,7 @@ class Terminal(Process):
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.resize(columns, height)
         self.modes = termios.tcgetattr(self.tty)
-        env = {**os.environ, "TERM": "xterm-256color", "INPUTRC": os.devnull, **dict(environment)}
+        env = {**ENVIRONMENT, "TERM": "xterm-256color", "INPUTRC": os.devnull, **dict(environment)}
         super().__init__(*command, stdin=self.tty, stdout=self.tty, env=env, start_new_session=True,
                          preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **more)
         self.eyes = in_thread(self.watch)
@@ -1169,7 +1171,7 @@ def test_client_had_more_to_say(start):
 def test_client_writes_whole_lines(start, fast):
     """Both threads write at the same time, to a stream without a buffer: lines do not mix."""
     bob, robot = fast.join("bob"), run(start, fast, "--name", "robot",
-                                       env={**os.environ, "PYTHONUNBUFFERED": "1"})
+                                       env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"})
     bob.hears("JOINED robot")
     typing = in_thread(robot.types, "/dance\n" * 3000)
     for _ in range(30):
@@ -1490,9 +1492,10 @@ def test_client_and_the_shell(start, server):
     eventually(lambda: shell.everything()[-2:] == ["* you have left", "$"], shell.look)
     shell.types("echo three\r", "three", "$")
 
-@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": ""}, {"TERM": "dumb"}], ids=str)
-def test_client_colours(start, server, environment):
+@mostly_waits(({},), ({"NO_COLOR": ""},), ({"TERM": "dumb"},))
+def test_client_colours(start, environment):
     """At a dumb terminal a message is a line; what was half typed is not lost."""
+    server = start(Server)
     bob, carol = server.join_all("bob", "carol")
     ann = sit_down(start, server, columns=80, environment=environment)
     ann.types("hel", "> hel")
@@ -1936,9 +1939,10 @@ def test_solution_server(start, program, rules):
         if not (compiler := shutil.which("cc")):
             pytest.skip("needs a C compiler")
         binary = tempfile.mkdtemp(dir=FOLDERS.name) + "/server"
-        subprocess.run([compiler, "-O2", "-pthread", "-o", binary, command[1]], check=True)
+        subprocess.run([compiler, "-O2", "-pthread", "-o", binary, command[1]], check=True,
+                       env=ENVIRONMENT)
         command = [binary]
-    environment = {**os.environ, "CHAT_SERVER": shlex.join(map(str, command)),
+    environment = {**ENVIRONMENT, "CHAT_SERVER": shlex.join(map(str, command)),
                    "CHAT_PORTS": "27000" if program.endswith(".c") else "29000"}
     process = start(Process, "-m", "pytest", "-q", "-k", rules, "-p", "no:cacheprovider",
                     "test_chat.py", env=environment)

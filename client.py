@@ -293,7 +293,7 @@ class Screen:
         rows, input_rows = self.size()
         if not rows:
             return ""
-        # Enter has gone one row down already: so there is one row less to keep free.
+        # Enter has usually gone one row down already: so there is one row less to keep free.
         return self.make_room(input_rows - 2) + f"{CSI}{rows + 1}H{CSI}J"
 
     def ask(self, prompt):

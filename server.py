@@ -79,7 +79,8 @@ class Client:
     """A connection, its name and room. Other clients' threads call only `send`."""
     def __init__(self, sock, thread_name):
         self.sock, self.send_sock = two_sockets(sock)    # recv waits half a second, send never
-        self.thread = threading.Thread(target=self.serve, name=thread_name)
+        # daemon: as in C, the process ends if main does, and does not wait for this thread.
+        self.thread = threading.Thread(target=self.serve, name=thread_name, daemon=True)
         self.pace = Pace()               # slows down a client that sends too fast
         self.unfinished = b""            # the beginning of a request whose end has not come yet
         self.send_failed = False         # if so, maybe within a line: then not even BYE follows
@@ -92,7 +93,7 @@ class Client:
         self.reason = None               # why it has to go; None as long as it stays
 
     def serve(self):
-        """Serve the client from beginning to end. The thread that does this is its own thread."""
+        """Serve the client from beginning to end. The thread that runs this is the client's own."""
         # The one way out, whatever the reason. A mistake in this program ends only the client whose
         # thread meets it; and whatever step it is in, the next one is taken all the same.
         for step in (self.converse, self.leave, self.close):

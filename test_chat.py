@@ -958,6 +958,17 @@ def test_rule_14_nobody_is_left_behind(start, verb, request, answer):
     server.logs("client-2 +thread ends")
     server.connect().asks("JOIN bob\nROOMS\nWHO", "WELCOME .*", "ROOMS lobby=2", "WHO alice bob")
 
+@mostly_waits()
+def test_rule_14_an_error_in_main(start):
+    """It ends the server, and is shown: nobody is left in a room where nobody can come or go."""
+    line = "        clients.append(client)\n"
+    server = start(Server, edits=[(line, f"{line}        assert len(clients) < 2\n")])
+    alice = server.join("alice")
+    server.connect()
+    alice.hears(None)
+    assert server.popen.wait(PATIENCE) == 1
+    server.logs("AssertionError")
+
 # ---- Starting the server, and its log -----------------------------------------------------------
 @pytest.mark.parametrize("host, hint", [
     ("127.0.0.1", r"\(this machine only; --host 0.0.0.0 .*"),
